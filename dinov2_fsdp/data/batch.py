@@ -1,0 +1,72 @@
+"""What the loader hands to the step: the crops and masks of one microbatch."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """One microbatch of ``B`` images. Crops are crop-major: row ``c·B + i`` is crop ``c`` of image ``i``.
+
+    Attributes:
+        step, index: the step, and the microbatch's number within it, counted over all ranks.
+        global_crops: ``(2·B, 3, S, S)`` uint8. local_crops: ``(n·B, 3, s, s)`` uint8.
+        masks: ``(2·B, patches)`` bool, hidden from the student.
+        masked_patches: ``(masked,)`` int64, positions of the hidden patches in the flattened masks.
+        mask_weights: ``(masked,)`` float32, one over the masked patches of the patch's crop.
+        samples: ``(B,)`` int64, the images' indices in the data set.
+        bad: (name, reason) of every unreadable image that was replaced.
+    """
+
+    step: int
+    index: int
+    global_crops: Tensor
+    local_crops: Tensor
+    masks: Tensor
+    masked_patches: Tensor
+    mask_weights: Tensor
+    samples: Tensor
+    bad: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def images(self) -> int:
+        return self.global_crops.shape[0] // 2
+
+    def to(self, device: torch.device) -> Microbatch:
+        """Return the microbatch on ``device``; copies from pinned memory do not wait."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Microbatch:
+        """Return the microbatch in pinned memory; torch's loader calls this."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function) -> Microbatch:  # type: ignore[no-untyped-def]
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+
+    def normalised_globals(self) -> Tensor:
+        return normalise(self.global_crops)
+
+    def normalised_locals(self) -> Tensor:
+        return normalise(self.local_crops)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Return uint8 images ``(…, 3, height, width)`` as float32 with ImageNet's mean and deviation taken out."""
+    mean, factor = _statistics(images.device)
+    return (images.float() - mean) * factor
+
+
+@functools.lru_cache(maxsize=8)
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean = torch.tensor(IMAGE_MEAN, device=device)[:, None, None] * 255
+    factor = 1 / (torch.tensor(IMAGE_STD, device=device)[:, None, None] * 255)
+    return mean, factor

@@ -1,0 +1,140 @@
+"""From a source to microbatches on the training process: read, crop, mask, stack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dinov2_fsdp.config import Config
+from dinov2_fsdp.data.augment import MultiCrop, multi_crop
+from dinov2_fsdp.data.batch import Microbatch
+from dinov2_fsdp.data.masks import masks_for
+from dinov2_fsdp.data.sources import BadImage, Source
+from dinov2_fsdp.data.stream import Stream
+from dinov2_fsdp.rng import generator
+
+REPLACEMENTS_PER_IMAGE = 20
+"""Tries to replace one unreadable image before the data set counts as broken."""
+
+
+def build_crops(config: Config) -> MultiCrop:
+    """Return the multi-crop augmentation that a config describes."""
+    crops = config.crops
+    return multi_crop(
+        global_size=crops.global_size,
+        global_scale=crops.global_scale,
+        local_size=crops.local_size,
+        local_scale=crops.local_scale,
+        n_local=crops.local_number,
+        blur=crops.blur,
+        flip_p=crops.flip,
+        jitter_p=crops.jitter,
+        color_jitter=crops.jitter_strength,
+        gray_p=crops.gray,
+        solarize_p=crops.solarize,
+    )
+
+
+class Microbatches(Dataset[Microbatch]):
+    """Random access to microbatches by (step, number of the microbatch within the step).
+
+    An item is a pure function of the seed, the two numbers and the data: no worker, rank or history enters it.
+    """
+
+    def __init__(self, config: Config, source: Source) -> None:
+        self.config, self.source = config, source
+        self.stream = Stream(config.seed, len(source), config.train.batch)
+        self.crops = build_crops(config)
+        self.grid = (config.crops.global_size // config.model.patch,) * 2
+
+    def __getitem__(self, place: tuple[int, int]) -> Microbatch:
+        step, index = place
+        size, seed = self.config.train.microbatch, self.config.seed
+        first = index * size
+        samples = self.stream.samples(step, first, size)
+        bad: list[tuple[str, str]] = []
+        global_crops, local_crops = [], []
+        for offset in range(size):
+            image, samples[offset] = self._image(int(samples[offset]), step, first + offset, bad)
+            views = self.crops(image, generator(seed, "augment", step, first + offset))
+            global_crops.append(views[0])
+            local_crops.append(views[1])
+        probability = self.config.masks.probability if self.config.loss.ibot > 0 else 0.0
+        places = range(first, first + size)
+        masks = masks_for(seed, step, places, self.config.train.batch, self.grid, probability, self.config.masks.ratio)
+        masks = masks.reshape(2 * size, -1)
+        crop, _ = np.nonzero(masks)
+        weights = (1 / np.maximum(masks.sum(axis=1), 1))[crop]
+        return Microbatch(
+            step=step,
+            index=index,
+            global_crops=_crop_major(global_crops),
+            local_crops=_crop_major(local_crops),
+            masks=torch.from_numpy(masks),
+            masked_patches=torch.from_numpy(np.flatnonzero(masks)),
+            mask_weights=torch.from_numpy(weights.astype(np.float32)),
+            samples=torch.from_numpy(samples),
+            bad=tuple(bad),
+        )
+
+    def _image(self, sample: int, step: int, place: int, bad: list[tuple[str, str]]) -> tuple[Any, int]:
+        for attempt in range(REPLACEMENTS_PER_IMAGE):
+            try:
+                return self.source.image(sample), sample
+            except BadImage as error:
+                bad.append((error.name, error.reason))
+                sample = self.stream.replacement(step, place, attempt)
+        names = ", ".join(name for name, _ in bad[-3:])
+        raise RuntimeError(f"{REPLACEMENTS_PER_IMAGE} images in a row cannot be read, the last ones: {names}")
+
+
+def _crop_major(crops: list[np.ndarray]) -> torch.Tensor:
+    """Return ``(crops · images, 3, height, width)`` from one ``(crops, height, width, 3)`` array per image."""
+    stacked = np.stack(crops, axis=1)  # (crops, images, height, width, 3)
+    return torch.from_numpy(np.ascontiguousarray(stacked.reshape(-1, *stacked.shape[2:]).transpose(0, 3, 1, 2)))
+
+
+class _Places(Sampler[tuple[int, int]]):
+    """The places of one rank's microbatches, from ``start`` to ``end``, in order."""
+
+    def __init__(self, start: int, end: int, rank: int, per_rank: int) -> None:
+        self.start, self.end, self.rank, self.per_rank = start, end, rank, per_rank
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for step in range(self.start, self.end):
+            for number in range(self.per_rank):
+                yield step, self.rank * self.per_rank + number
+
+    def __len__(self) -> int:
+        return (self.end - self.start) * self.per_rank
+
+
+def build_loader(
+    config: Config, source: Source, start: int, end: int, rank: int, per_rank: int, pin: bool
+) -> DataLoader[Microbatch]:
+    """Return an iterable over a rank's microbatches of steps ``start … end − 1``, ``per_rank`` for each step.
+
+    ``pin``: put them into pinned memory, from which copies to a GPU overlap with work.
+    """
+    workers = config.data.workers
+    return DataLoader(
+        Microbatches(config, source),
+        batch_size=None,
+        sampler=_Places(start, end, rank, per_rank),
+        num_workers=workers,
+        prefetch_factor=config.data.prefetch if workers else None,
+        persistent_workers=False,
+        pin_memory=pin,
+        worker_init_fn=_quiet_worker if workers else None,
+    )
+
+
+def _quiet_worker(_: int) -> None:
+    """Leave signals to the training process: a terminal's Ctrl-C reaches workers too."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

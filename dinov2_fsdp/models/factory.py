@@ -1,0 +1,45 @@
+"""Backbones and heads from a config, or from a short name."""
+
+from __future__ import annotations
+
+import re
+
+from dinov2_fsdp.config import ARCHITECTURES, HeadConfig, ModelConfig, width_depth_heads
+from dinov2_fsdp.errors import UserError, nearest
+from dinov2_fsdp.models.head import ProjectionHead
+from dinov2_fsdp.models.initialise import initialise
+from dinov2_fsdp.models.vision_transformer import VisionTransformer
+
+
+def build_backbone(model: ModelConfig, image_size: int) -> VisionTransformer:
+    """Return an uninitialised backbone whose position embedding stands for ``image_size`` pixels."""
+    dim, depth, heads = width_depth_heads(model)
+    ffn = model.ffn or ARCHITECTURES[model.arch]["ffn"]
+    return VisionTransformer(
+        image_size, model.patch, dim, depth, heads, ffn, model.mlp_ratio, model.layer_scale, model.registers
+    )
+
+
+def build_head(head: HeadConfig, dim: int) -> ProjectionHead:
+    """Return an uninitialised projection head over features of width ``dim``."""
+    return ProjectionHead(
+        dim, head.prototypes, head.hidden, head.bottleneck, head.layers, head.batch_norm, head.layer_norm, head.fixed_gain
+    )
+
+
+def create(name: str, registers: int = 0, image_size: int = 518, seed: int = 0) -> VisionTransformer:
+    """Return an initialised backbone such as ``vits14``, ``vitb14`` or ``vitl16``, on the CPU, in fp32.
+
+    ``image_size``: side of the images that the position embedding's grid stands for; the published models use 518.
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    valid = [f"{arch}{patch}" for arch in ARCHITECTURES for patch in (14, 16)]
+    match = re.fullmatch(r"(vit[a-z])(\d+)", name)
+    if match is None or match[1] not in ARCHITECTURES:
+        raise UserError(f"unknown model '{name}'{nearest(name, valid)}\nvalid: {', '.join(valid)}")
+    config = ModelConfig(arch=match[1], patch=int(match[2]), registers=registers)
+    backbone = build_backbone(config, image_size)
+    initialise(backbone, seed, config.layer_scale)
+    return backbone

@@ -1,0 +1,84 @@
+"""Stochastic depth that skips work: each residual branch runs on a random subset of the sequences.
+
+A branch that keeps ``k`` of a group's ``b`` sequences computes those alone and adds them back scaled by ``b/k``
+(DINOv2, arXiv 2304.07193, section 5, "efficient stochastic depth"). The subsets of all branches are drawn ahead,
+as plain indices: the model holds no randomness, so recomputation in the backward pass, compilation and the
+number of ranks cannot change what is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinov2_fsdp.models.layout import Layout
+
+
+@dataclass(frozen=True)
+class Subset:
+    """The sequences that one branch keeps: their packed ``layout``, token ``rows`` and ``scale``.
+
+    ``rows``: ``(kept_tokens,)`` int64, rows of the full packed tensor. ``scale``: ``(kept_tokens, 1)`` float32.
+    """
+
+    layout: Layout
+    rows: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
+class DepthPlan:
+    """Subsets of all ``2 · depth`` branches: attention of block 0, feed-forward of block 0, attention of block 1, …
+
+    ``rows``: ``(2 · depth, kept_tokens)`` int64. Every branch keeps as many sequences of each group as the others.
+    """
+
+    layout: Layout
+    rows: Tensor
+    scale: Tensor
+
+    def subset(self, branch: int) -> Subset:
+        return Subset(self.layout, self.rows[branch], self.scale)
+
+    def to(self, device: torch.device) -> DepthPlan:
+        return DepthPlan(
+            self.layout, self.rows.to(device, non_blocking=True), self.scale.to(device, non_blocking=True)
+        )
+
+
+def kept_sequences(sequences: int, drop: float) -> int:
+    """Return how many of ``sequences`` a branch keeps: max(1, ⌊b·(1 − p)⌋)."""
+    return max(1, int(sequences * (1 - drop)))
+
+
+def draw_plan(layout: Layout, depth: int, drop: float, rng: np.random.Generator) -> DepthPlan | None:
+    """Return the subsets of one forward pass, or None when nothing is dropped."""
+    kept = Layout(tuple((kept_sequences(sequences, drop), length) for sequences, length in layout.groups))
+    if kept == layout:
+        return None
+    rows, scales = [], []
+    for (start, _, sequences, length), (keep, _) in zip(layout.spans(), kept.groups, strict=True):
+        order = rng.random((2 * depth, sequences)).argsort(axis=1)[:, :keep]
+        order.sort(axis=1)  # ascending rows read memory in order
+        tokens = start + order[:, :, None] * length + np.arange(length)
+        rows.append(tokens.reshape(2 * depth, keep * length))
+        scales.append(np.full(keep * length, sequences / keep, dtype=np.float32))
+    return DepthPlan(
+        kept, torch.from_numpy(np.concatenate(rows, axis=1)), torch.from_numpy(np.concatenate(scales))[:, None]
+    )
+
+
+def add_residual(
+    tokens: Tensor, layout: Layout, branch: Callable[[Tensor, Layout], Tensor], subset: Subset | None
+) -> Tensor:
+    """Return ``tokens + branch(tokens)``, the branch computed and scaled on ``subset`` alone if there is one."""
+    if subset is None:
+        return tokens + branch(tokens, layout)
+    kept = tokens.index_select(0, subset.rows)
+    residual = branch(kept, subset.layout) * subset.scale.to(kept.dtype)
+    # Rows are distinct, so copying the sums in place of adding at an index gives the same values without atomics.
+    return tokens.index_copy(0, subset.rows, kept + residual)

@@ -1,0 +1,1 @@
+"""What a run tells its user: meters, clock, metrics.jsonl, TensorBoard, console, logs and its environment."""

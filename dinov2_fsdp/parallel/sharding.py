@@ -1,0 +1,61 @@
+"""How a network is spread over ranks: applied from outside, the model knows nothing of it.
+
+The order is fixed: activation checkpointing, then compilation, then sharding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from dinov2_fsdp.config import ParallelConfig
+from dinov2_fsdp.errors import UserError
+from dinov2_fsdp.parallel.world import World
+from dinov2_fsdp.ssl.network import Network
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def build_mesh(config: ParallelConfig, world: World) -> DeviceMesh:
+    """Return the mesh that parameters are sharded over: (shard,), or (replicate, shard) for HSDP.
+
+    Raises:
+        UserError: ``parallel.replicate`` does not divide the number of ranks.
+    """
+    if config.replicate == 1:
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    if world.size % config.replicate:
+        valid = [n for n in range(1, world.size + 1) if world.size % n == 0]
+        raise UserError(
+            f"parallel.replicate={config.replicate} does not divide {world.size} processes; valid: {valid}"
+        )
+    shape = (config.replicate, world.size // config.replicate)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def parallelise(network: Network, config: ParallelConfig, mesh: DeviceMesh, precision: str, trained: bool) -> None:
+    """Checkpoint, compile and shard a network in place, block by block.
+
+    Weights stay in fp32; they are gathered, and everything is computed, in ``precision``; gradients are reduced in
+    fp32. ``trained`` is False for the teacher.
+    """
+    blocks = network.backbone.blocks
+    every = {"none": 0, "selective": 2, "full": 1}[config.activation_checkpointing]
+    if trained and every:
+        for index in range(0, len(blocks), every):
+            blocks[index] = checkpoint_wrapper(blocks[index])
+    if config.compile:
+        for block in blocks:
+            block.compile(dynamic=True)
+    policy = MixedPrecisionPolicy(param_dtype=PRECISIONS[precision], reduce_dtype=torch.float32)
+    heads: list[nn.Module] = [head for head in (network.dino_head, network.ibot_head) if head is not None]
+    for module in (*blocks, *heads):
+        # The teacher must free its weights after every pass: gathered ones would not see the EMA's updates.
+        reshard = config.reshard_after_forward or not trained
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    # A root left alone keeps its gathered weights after a forward pass without gradients, for ever.
+    fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=not trained)
+    register_fsdp_forward_method(network, "features")

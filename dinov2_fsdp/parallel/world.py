@@ -1,0 +1,62 @@
+"""The process world of a run: devices, process groups, threads."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dinov2_fsdp.config import ParallelConfig
+from dinov2_fsdp.parallel.place import Place, available_cores, check_devices
+
+
+@dataclass(frozen=True)
+class World:
+    """All processes of a run, seen from one of them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def start_world(config: ParallelConfig, place: Place, deterministic: bool = False) -> World:
+    """Join the other processes and return the world; a process alone becomes a world of one.
+
+    CPU processes talk through gloo, GPU processes through nccl (and gloo for what lies on the CPU).
+
+    Raises:
+        UserError: fewer GPUs than processes on this machine.
+    """
+    kind = check_devices(config.device, place.local_world_size, torch.cuda.device_count())
+    device = torch.device("cuda", place.local_rank) if kind == "cuda" else torch.device("cpu")
+    torch.set_num_threads(config.threads or max(1, available_cores() // place.local_world_size))
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass over every new tensor
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = not deterministic
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(seconds=config.timeout),
+        store=dist.HashStore() if place.world_size == 1 else None,
+        device_id=device if kind == "cuda" else None,
+    )
+    return World(place.rank, place.world_size, place.local_rank, device)
+
+
+def end_world() -> None:
+    """Leave the process groups."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""The method: student and teacher, losses, centering, EMA."""

@@ -1,0 +1,213 @@
+#!/usr/bin/env python
+"""Pretrain on this machine: its CPU, one GPU, or several.
+
+    python launchers/local.py --config configs/debug.yaml
+    python launchers/local.py --config configs/vits14.yaml --nproc 4 data.train=folder:/my/images
+
+The same command continues an interrupted run. Every key of the config can be overridden by key=value;
+--keys lists them. Works under torchrun too: torchrun --nproc-per-node 4 launchers/local.py --config …
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dinov2_fsdp.errors import UserError, exit_with, run_cli
+from dinov2_fsdp.parallel.place import (
+    Place,
+    available_cores,
+    check_devices,
+    place_from_environment,
+    started_by_launcher,
+    visible_gpus,
+)
+
+GRACE = 10.0
+"""Seconds that the other ranks get to end by themselves after one has failed."""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="launchers/local.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", help="YAML file; without one, all defaults")
+    parser.add_argument("--nproc", type=int, help="processes on this machine; by default one per GPU, or one")
+    parser.add_argument("--output-dir", help="run directory (short for output_dir=…)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="delete the run that is in the directory and start anew"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+    parser.add_argument("--keys", action="store_true", help="list every key of the config with its default")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the config")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main() -> int:
+    arguments = parse()
+    if arguments.keys:
+        return _print_keys()
+    from dinov2_fsdp.config import load, microbatches_per_rank
+
+    overrides = list(arguments.overrides)
+    if arguments.output_dir:
+        overrides.append(f"output_dir={arguments.output_dir}")
+    config = load(arguments.config, overrides)
+    if started_by_launcher():
+        microbatches_per_rank(config, place_from_environment().world_size)
+        return _work(config)
+
+    gpus = visible_gpus()
+    processes = arguments.nproc or max(1, 0 if config.parallel.device == "cpu" else gpus)
+    if processes < 1:
+        raise UserError(f"--nproc {processes} is impossible; valid: 1 or more")
+    kind = check_devices(config.parallel.device, processes, gpus)
+    microbatches_per_rank(config, processes)
+    images = _check_data(config)
+    if arguments.dry_run:
+        from dinov2_fsdp.planner import plan
+
+        print(plan(config, processes, kind, images))
+        return 0
+    _check_run_directory(config, arguments.overwrite)
+    if processes == 1:
+        return _work(config)
+    return _start_processes(processes, kind, config.parallel.threads)
+
+
+def _print_keys() -> int:
+    from dinov2_fsdp.config import describe_keys
+
+    for key, kind, default, text in describe_keys():
+        print(f"{key}={default}\n    {kind}. {text}")
+    return 0
+
+
+def _check_data(config) -> int:  # type: ignore[no-untyped-def]
+    from dinov2_fsdp.data.sources import open_source
+
+    images = len(open_source(config.data.train, config.data.cache))
+    if config.train.batch > images:
+        raise UserError(
+            f"train.batch={config.train.batch} is larger than the data set: {config.data.train} holds {images} "
+            f"images; use train.batch={images // config.train.microbatch * config.train.microbatch or images} or less"
+        )
+    if config.eval.test and config.eval.every.lstrip("0."):
+        for spec in (config.eval.test, config.eval.train or config.data.train):
+            if open_source(spec, config.data.cache).labels is None:
+                raise UserError(f"{spec} has no labels, which evaluations need; use class folders, or eval.every=0it")
+    return images
+
+
+def _check_run_directory(config, overwrite: bool) -> None:  # type: ignore[no-untyped-def]
+    """Refuse a directory with something else in it; a directory with this very run is one to resume."""
+    from dinov2_fsdp.config import load
+
+    directory = Path(config.output_dir)
+    saved = directory / "config.yaml"
+    if overwrite and saved.is_file():
+        shutil.rmtree(directory)
+    if directory.is_dir() and any(directory.iterdir()) and not saved.is_file() and not (directory / "logs").is_dir():
+        raise UserError(f"{directory} is not empty and holds no run; choose another output_dir")
+    if saved.is_file():
+        differences = _differences(load(saved), config)
+        if differences:
+            raise UserError(
+                f"{directory} holds another run, which differs in {', '.join(differences[:6])}\n"
+                f"resume it: --config {saved}; start anew: --overwrite; or choose another --output-dir"
+            )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / ".writable").touch()
+        (directory / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"output_dir={directory} cannot be written: {error.strerror}") from None
+
+
+def _differences(old, new) -> list[str]:  # type: ignore[no-untyped-def]
+    """Return the keys in which two configs describe different runs; where and how fast it runs may change."""
+    from dinov2_fsdp.config import describe_keys
+
+    free = ("output_dir", "parallel.", "data.workers", "data.prefetch", "data.cache", "log.", "checkpoint.", "eval.")
+    keys = [key for key, *_ in describe_keys() if not key.startswith(free)]
+
+    def value(config, key: str):  # type: ignore[no-untyped-def]
+        for part in key.split("."):
+            config = getattr(config, part)
+        return config
+
+    return [f"{key} ({value(old, key)} there)" for key in keys if value(old, key) != value(new, key)]
+
+
+def _work(config) -> int:  # type: ignore[no-untyped-def]
+    """Be one process of the run."""
+    from dinov2_fsdp.train import train
+    from eval.online import ONLINE
+
+    try:
+        train(config, ONLINE)
+    except UserError as error:
+        exit_with(error)
+    return 0
+
+
+def _start_processes(count: int, kind: str, threads: int) -> int:
+    """Start one process per rank and wait; when one fails, end the others and say which one it was."""
+    address, port = "127.0.0.1", _free_port()
+    cores = threads or max(1, available_cores() // count)
+    children = []
+    for rank in range(count):
+        place = Place(rank, count, rank, count).to_environment(address, port)
+        environment = {**os.environ, **place, "OMP_NUM_THREADS": str(cores)}
+        command = [sys.executable, *sys.argv]
+        children.append(subprocess.Popen(command, env=environment))
+
+    def forward(number: int, _frame: object) -> None:
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, forward)
+    # A terminal sends Ctrl-C to the ranks as well; the launcher waits for them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN if sys.stdin and sys.stdin.isatty() else forward)
+    while all(child.poll() in (None, 0) for child in children):
+        if all(child.poll() == 0 for child in children):
+            return 0
+        time.sleep(0.1)
+    return _end_after_failure(children)
+
+
+def _end_after_failure(children: list[subprocess.Popen[bytes]]) -> int:
+    rank, code = next((r, child.returncode) for r, child in enumerate(children) if child.poll() not in (None, 0))
+    deadline = time.monotonic() + GRACE
+    while time.monotonic() < deadline and any(child.poll() is None for child in children):
+        time.sleep(0.1)
+    for child in children:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+    if code == 2:
+        return 2
+    cause = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+    print(f"error: rank {rank} {cause}; its log is logs/rank_{rank}.log in the run directory", file=sys.stderr)
+    return code if code > 0 else 1
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    run_cli(main)
