@@ -213,7 +213,8 @@ class ParallelConfig:
     device: str = "auto"
     """auto, cuda or cpu."""
     attention: str = "auto"
-    """sdpa: once per crop size; xformers or varlen: one call for all crops (CUDA); auto: xformers or varlen on CUDA."""
+    """math or sdpa: once per crop size; xformers or varlen: one call for all crops (CUDA only); auto: math on a CPU,
+    xformers on CUDA, else varlen, else sdpa."""
     replicate: int = 1
     """Copies of the sharded model (HSDP): ranks are a replicate × shard mesh."""
     reshard_after_forward: bool = True
@@ -493,7 +494,7 @@ def validate(config: Config) -> None:
     _one_of("optim.clip_scope", c.optim.clip_scope, ("part", "all"))
     _one_of("train.precision", c.train.precision, ("bf16", "fp16", "fp32"))
     _one_of("parallel.device", c.parallel.device, ("auto", "cuda", "cpu"))
-    _one_of("parallel.attention", c.parallel.attention, ("auto", "sdpa", "xformers", "varlen"))
+    _one_of("parallel.attention", c.parallel.attention, ("auto", "math", "sdpa", "xformers", "varlen"))
     _one_of("parallel.activation_checkpointing", c.parallel.activation_checkpointing, ("none", "selective", "full"))
 
     for key in (

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dinov2_fsdp.data.sources import BadImage, Source
 from dinov2_fsdp.errors import UserError
+from dinov2_fsdp.parallel.place import check_devices
 from dinov2_fsdp.rng import generator
 
 Features = Callable[[Tensor], dict[str, Tensor]]
@@ -77,10 +78,7 @@ def choose_device(name: str) -> torch.device:
     Raises:
         UserError: ``cuda`` is asked for where there is none.
     """
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise UserError("device cuda was asked for, but torch sees no GPU here; use cpu or auto")
-    return torch.device("cuda" if name != "cpu" and available else "cpu")
+    return torch.device(check_devices(name, 1, torch.cuda.device_count()))
 
 
 def prepare(image: Image.Image, resize: int, size: int) -> NDArray[np.uint8]:

@@ -60,7 +60,6 @@ def knn_accuracy(
     if ks[-1] > size:
         raise UserError(f"k={ks[-1]} is larger than the memory bank of {size} images; use k of at most {size}")
 
-    bank = normalize(bank.float(), dim=1)
     if bank.numel() * bank.element_size() <= _LARGEST_BANK_ON_DEVICE:
         bank = bank.to(device)
     indices = indices.to(device)
@@ -104,7 +103,7 @@ def _nearest_here(queries: Tensor, bank: Tensor, indices: Tensor, k: int, chunk:
     # Every product has the same shape, however the bank is shared, so that each similarity is rounded the same way.
     padded = pad(queries, (0, 0, 0, _QUERIES_AT_ONCE - len(queries)))
     for start in range(0, len(bank), chunk):
-        part = bank[start : start + chunk].to(queries.device)
+        part = normalize(bank[start : start + chunk].to(queries.device).float(), dim=1)
         full = part if len(part) == chunk else pad(part, (0, 0, 0, chunk - len(part)))
         similarity = (padded @ full.T)[: len(queries), : len(part)]
         keys = _pack(similarity, indices[start : start + chunk])

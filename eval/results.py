@@ -72,7 +72,11 @@ def record(
     if run is not None:
         line = {key: results[key] for key in ("step", "task", "backbone")}
         line |= {"metric": metric, "value": round(results["metrics"][metric], 3)}
-        line |= {"train": results["data"]["train"], "test": results["data"]["test"], "results": str(file)}
+        line |= {
+            "train": results["data"]["train"],
+            "test": results["data"]["test"],
+            "results": os.path.relpath(file, run),
+        }
         add_to_leaderboard(run, line)
     print(f"written to {file}")
     return file

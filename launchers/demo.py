@@ -121,16 +121,14 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table(
-        title=f"k-NN accuracy (k = {_K}) on scenes never seen", title_justify="left", box=None, pad_edge=False
-    )
+    table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column("")
-    table.add_column("top-1", justify="right")
+    table.add_column("", justify="right")
     table.add_column("")
     for key, name in (("knn_pixels", "raw pixels"), ("knn_untrained", "untrained"), ("knn_trained", "trained")):
         style = "bold green" if key == "knn_trained" else ""
         table.add_row(name, f"{summary[key]:.1f} %", "█" * round(summary[key] / 2.5), style=style)
-    console.print()
+    console.print(f"\nk-NN accuracy (k = {_K}) on scenes never seen", style="bold")
     console.print(table)
     minutes, seconds = divmod(round(summary["seconds_total"]), 60)
     where = summary["machine"]["gpu"] or f"{summary['machine']['cores']} cores of {summary['machine']['cpu']}"
@@ -176,7 +174,7 @@ def main() -> int:
         "k": _K,
         "seconds_train": round(trained - started, 1),
         "seconds_total": round(time.monotonic() - started, 1),
-        "command": shlex.join(command),
+        "command": shlex.join(["python", *command[1:]]),
         "machine": machine(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

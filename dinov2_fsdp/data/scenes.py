@@ -45,7 +45,7 @@ def render(seed: int, index: int, size: int = 64) -> Scene:
 
     The same ``(seed, index, size)`` gives the same bytes. Ten scenes from a multiple of ten on hold each class once.
     """
-    label = _label(seed, index)
+    label = label_of(seed, index)
     rng = generator(seed, "scene", index)
     draw: Draw = dict(zip(_RANGES, rng.uniform(_LOW, _HIGH).tolist(), strict=True))
     paint = _paint(rng, draw)
@@ -127,7 +127,7 @@ _BEVEL = 0.55
 _COAT_POINTS = 48
 
 
-def _label(seed: int, index: int) -> int:
+def label_of(seed: int, index: int) -> int:
     block, place = divmod(index, len(CLASSES))
     return int(generator(seed, "scene label", block).permutation(len(CLASSES))[place])
 

@@ -1,4 +1,4 @@
-"""Attention within each sequence of a packed batch, behind one small function with three backends."""
+"""Attention within each sequence of a packed batch, behind one small function with four backends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.models.layout import Layout
 
-BACKENDS = ("sdpa", "xformers", "varlen")
+BACKENDS = ("math", "sdpa", "xformers", "varlen")
+
+MATH_LONGEST = 512
+"""Sequences up to this length are cheaper as plain matrix products on a CPU; longer ones would need much memory."""
 
 
 def resolve_backend(name: str, device: torch.device) -> str:
@@ -23,8 +26,8 @@ def resolve_backend(name: str, device: torch.device) -> str:
     """
     if device.type != "cuda":
         if name in ("xformers", "varlen"):
-            raise UserError(f"parallel.attention={name} runs on CUDA only; use auto or sdpa on {device.type}")
-        return "sdpa"
+            raise UserError(f"parallel.attention={name} runs on CUDA only; use auto, math or sdpa on {device.type}")
+        return "math" if name == "auto" else name
     if name == "auto":
         if importlib.util.find_spec("xformers") is not None:
             return "xformers"
@@ -45,15 +48,19 @@ def attend(qkv: Tensor, layout: Layout, backend: str) -> Tensor:
         return _attend_xformers(qkv, layout)
     if backend == "varlen":
         return _attend_varlen(qkv, layout)
-    return _attend_sdpa(qkv, layout)
-
-
-def _attend_sdpa(qkv: Tensor, layout: Layout) -> Tensor:
     outputs = []
     for group in layout.split(qkv):  # (sequences, length, 3, heads, head_dim)
         query, key, value = group.permute(2, 0, 3, 1, 4).unbind(0)
-        outputs.append(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1))
+        plain = backend == "math" and group.shape[1] <= MATH_LONGEST
+        attention = _attend_math if plain else F.scaled_dot_product_attention
+        outputs.append(attention(query, key, value).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _attend_math(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    # torch's fused CPU kernel takes several times as long in its backward pass, ten times in bf16.
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    return scores.softmax(dim=-1) @ value
 
 
 def _attend_xformers(qkv: Tensor, layout: Layout) -> Tensor:

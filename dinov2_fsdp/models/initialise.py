@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dinov2_fsdp.optim.groups import clean_name
 from dinov2_fsdp.rng import generator
 
 Initialiser = Callable[[Tensor, torch.Generator], object]
@@ -75,7 +76,8 @@ def initialise(model: nn.Module, seed: int, layer_scale: float) -> None:
     """
     patch = next((p for n, p in model.named_parameters() if n.endswith("patch_embed.proj.weight")), None)
     table = rules(layer_scale, patch[0].numel() if patch is not None else 1)
-    for name, parameter in model.named_parameters():
+    for full_name, parameter in model.named_parameters():
+        name = clean_name(full_name)  # the values must not depend on activation checkpointing
         parameter.fill_(float("nan"))
         if parameter.ndim == 1 and re.search(r"\.mlp\.\d+\.weight$", name):
             rule: Initialiser | None = _ones  # BatchNorm inside a head's MLP

@@ -168,11 +168,13 @@ def interpolation_matrix(grid: int, rows: int, columns: int, exact_size: bool, d
 
     As a matrix product its backward pass is deterministic on every device.
     """
-    basis = torch.eye(grid * grid).reshape(1, grid * grid, grid, grid)
-    if exact_size:
-        image = F.interpolate(basis, size=(rows, columns), mode="bicubic", antialias=True)
-    else:
-        factors = ((rows + INTERPOLATION_OFFSET) / grid, (columns + INTERPOLATION_OFFSET) / grid)
-        image = F.interpolate(basis, scale_factor=factors, mode="bicubic", antialias=False)
-    assert image.shape[-2:] == (rows, columns), f"{tuple(image.shape[-2:])} instead of {(rows, columns)}"
-    return image.flatten(2)[0].T.contiguous().to(device)
+    # A matrix made while evaluating in inference mode stays in the cache, and training could not use it.
+    with torch.inference_mode(False), torch.no_grad():
+        basis = torch.eye(grid * grid).reshape(1, grid * grid, grid, grid)
+        if exact_size:
+            image = F.interpolate(basis, size=(rows, columns), mode="bicubic", antialias=True)
+        else:
+            factors = ((rows + INTERPOLATION_OFFSET) / grid, (columns + INTERPOLATION_OFFSET) / grid)
+            image = F.interpolate(basis, scale_factor=factors, mode="bicubic", antialias=False)
+        assert image.shape[-2:] == (rows, columns), f"{tuple(image.shape[-2:])} instead of {(rows, columns)}"
+        return image.flatten(2)[0].T.contiguous().to(device)

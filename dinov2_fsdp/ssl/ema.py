@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_fsdp.optim.clip import local_shard
+from dinov2_fsdp.optim.groups import clean_name
 
 PARAMETERS_AT_ONCE = 64
 """Bounds the temporary copy of the student that one fused update needs."""
@@ -19,7 +20,9 @@ class Ema:
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
-        students, teachers = dict(student.named_parameters()), dict(teacher.named_parameters())
+        # Only the student is checkpointed for activations, which changes its parameters' names.
+        students = {clean_name(name): parameter for name, parameter in student.named_parameters()}
+        teachers = {clean_name(name): parameter for name, parameter in teacher.named_parameters()}
         assert students.keys() == teachers.keys(), sorted(students.keys() ^ teachers.keys())
         self.student = [students[name].detach() for name in students]
         self.teacher = [teachers[name].detach() for name in students]

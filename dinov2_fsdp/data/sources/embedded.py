@@ -76,7 +76,7 @@ class ScenesSource(Source):
         return None
 
     def label(self, index: int) -> int:
-        from dinov2_fsdp.data.scenes import _label as label_of
+        from dinov2_fsdp.data.scenes import label_of
 
         return label_of(self._seed, range(len(self))[index])
 

@@ -136,12 +136,17 @@ class _Headers:
                 raise self._broken("is empty")
             if self._size < BLOCK:
                 raise self._broken("is not a tar file")
-            raise self._broken(f"is cut short: it ends after {self._size:,} bytes, before its end mark")
+            raise self._cut_short()
         self._position += count
         return data
 
     def _skip(self, size: int) -> None:
+        if size > self._size:  # a header may claim more than a file can be sought to
+            raise self._cut_short()
         self._position += -(-size // BLOCK) * BLOCK
+
+    def _cut_short(self) -> UserError:
+        return self._broken(f"is cut short: it ends after {self._size:,} bytes, before its end mark")
 
     def _broken(self, problem: str) -> UserError:
         return UserError(f"{self._spec}: {self._path} {problem}\n  copy or make it again")
