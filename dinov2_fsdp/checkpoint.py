@@ -112,22 +112,26 @@ class Checkpointer:
         state = checkpoint.state()
         if state.get("format") != FORMAT:
             raise UserError(f"{checkpoint.path} has checkpoint format {state.get('format')}; this version reads {FORMAT}")
-        load_tensors(checkpoint.path, tensors)
+        load_tensors(checkpoint.path, tensors, whole="")
         return state
 
     def _prune(self) -> None:
         saved = list_checkpoints(self.run_dir)
         for old in saved[: -self.keep]:
             if not (self.keep_every and old.step % self.keep_every == 0):
-                shutil.rmtree(old.path)
+                # Half deleted under its final name it would still count as complete.
+                shutil.rmtree(old.path.rename(old.path.with_suffix(".partial")))
 
 
 @torch.no_grad()
-def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def load_tensors(path: Path, tensors: dict[str, Tensor], whole: str) -> None:
     """Fill ``tensors``, sharded or not, in place with those of the same names in a checkpoint folder.
 
+    Args:
+        whole: what must be loaded as a whole: every saved name that starts so has to be among ``tensors``.
+
     Raises:
-        UserError: a tensor is missing there, or has another shape.
+        UserError: a tensor is missing there, has another shape, or is there and not asked for.
     """
     reader = dcp.HuggingFaceStorageReader(str(path))
     saved = reader.read_metadata().state_dict_metadata
@@ -138,9 +142,11 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         for name, tensor in target.items()
         if name in saved and tuple(saved[name].size) != tuple(tensor.shape)  # type: ignore[union-attr]
     ]
-    if missing or shapes:
-        listed = "; ".join([*(f"missing: {name}" for name in missing[:8]), *shapes[:8]])
-        raise UserError(f"checkpoint {path} does not fit this model ({len(missing) + len(shapes)} tensors): {listed}")
+    unexpected = sorted(name for name in saved.keys() - target.keys() if name.startswith(whole))
+    if missing or shapes or unexpected:
+        kinds = {"missing": missing, "unexpected": unexpected, "other shape": shapes}
+        listed = [f"{kind} ({len(names)}): {', '.join(names[:8])}" for kind, names in kinds.items() if names]
+        raise UserError("\n".join([f"checkpoint {path} does not fit this model", *listed]))
     dcp.load(target, storage_reader=reader, no_dist=not dist.is_initialized())
     for name, tensor in target.items():
         if tensor.shape != tensors[name].shape:

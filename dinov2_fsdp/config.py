@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -323,7 +324,7 @@ def from_dict(values: dict[str, Any]) -> Config:
         config = OmegaConf.merge(schema, values)
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(_type_error(error)) from None
+        raise UserError(_type_error(error, values)) from None
     result = _instantiate(Config, plain)  # type: ignore[arg-type]
     validate(result)
     return result
@@ -390,12 +391,17 @@ def _check_keys(values: Any, schema: type, prefix: str) -> None:
             _check_keys({} if value is None else value, child, f"{prefix}{key}.")
 
 
-def _type_error(error: OmegaConfBaseException) -> str:
+def _type_error(error: OmegaConfBaseException, values: dict[str, Any]) -> str:
     key = str(getattr(error, "full_key", "") or "").split("[")[0]
     known = {name: (kind, doc) for name, kind, _, doc in describe_keys()}
     message = str(error).split("\n")[0]
     if key in known:
         kind, doc = known[key]
+        if "ListConfig" in message and kind.startswith("tuple"):
+            value: Any = values
+            for part in key.split("."):
+                value = value[part]
+            message = f"{value!r} is no list"
         return f"{key}: {message}\nvalid: {kind} — {doc}"
     return f"{key or 'config'}: {message}"
 
@@ -503,6 +509,7 @@ def validate(config: Config) -> None:
         "ibot_head.prototypes", "ibot_head.hidden", "ibot_head.bottleneck", "ibot_head.layers", "parallel.replicate",
         "loss.sinkhorn_iterations", "loss.student_temperature", "loss.teacher_temperature", "parallel.timeout",
         "loss.teacher_temperature_start", "eval.temperature", "data.prefetch", "checkpoint.keep", "train.max_nonfinite",
+        "model.mlp_ratio", "optim.layer_decay", "optim.patch_embed_lr",
     ):  # fmt: skip
         _require(key, value := _get(c, key), value > 0, "a number above 0")
     for key in (
@@ -513,6 +520,15 @@ def validate(config: Config) -> None:
         _require(key, value := _get(c, key), value >= 0, "a number of at least 0")
     for key in ("masks.probability", "crops.flip", "crops.jitter", "crops.gray", "crops.solarize"):
         _require(key, value := _get(c, key), 0 <= value <= 1, "a probability between 0 and 1")
+    for key in ("model.dim", "model.depth", "model.heads"):
+        _require(key, value := _get(c, key), value is None or value > 0, "a number above 0")
+    _require("optim.momentum", c.optim.momentum, 0 <= c.optim.momentum < 1, "0 ≤ momentum < 1")
+    for value in c.optim.betas:
+        _require("optim.betas", list(c.optim.betas), 0 <= value < 1, "two numbers of at least 0 and below 1")
+    for value in c.optim.weight_decay:
+        _require("optim.weight_decay", list(c.optim.weight_decay), value >= 0, "two numbers of at least 0")
+    for value in c.eval.k:
+        _require("eval.k", list(c.eval.k), value > 0, "numbers above 0")
     for key in ("crops.global_scale", "crops.local_scale", "masks.ratio"):
         low, high = _get(c, key)
         _require(key, [low, high], 0 < low <= high <= 1, "two shares, 0 < smallest ≤ largest ≤ 1")
@@ -587,7 +603,7 @@ def _get(config: Config, key: str) -> Any:
 
 
 def _require(key: str, value: Any, condition: bool, valid: str) -> None:
-    if not condition:
+    if not condition or value == math.inf:
         raise UserError(f"{key}={value} is impossible; valid: {valid}")
 
 

@@ -18,6 +18,7 @@ from dinov2_fsdp.config import Config, microbatches_per_rank, to_yaml
 from dinov2_fsdp.data.loader import build_loader
 from dinov2_fsdp.data.sources import open_source
 from dinov2_fsdp.duration import Duration, due
+from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.models.attention import resolve_backend
 from dinov2_fsdp.models.initialise import initialise
 from dinov2_fsdp.monitor.environment import write_environment
@@ -106,11 +107,8 @@ def build_networks(config: Config, world: World) -> tuple[Network, Network]:
         with torch.device("meta"):
             network = Network(config)
         network.backbone.set_attention_backend(resolve_backend(config.parallel.attention, world.device))
-        network.requires_grad_(trained and True)
-        if config.dino_head.fixed_gain:
-            network.dino_head.last_layer.weight_g.requires_grad_(False)
-        if network.ibot_head is not None and config.ibot_head.fixed_gain:
-            network.ibot_head.last_layer.weight_g.requires_grad_(False)
+        if not trained:
+            network.requires_grad_(False)
         parallelise(network, config.parallel, mesh, config.train.precision, trained)
         network.to_empty(device=world.device)
         networks.append(network)
@@ -138,6 +136,9 @@ def train(config: Config, evaluations: Mapping[str, Evaluation] | None = None, c
 def _train(config: Config, world: World, evaluations: Mapping[str, Evaluation], console: bool) -> None:
     # -- inputs -------------------------------------------------------------------------------------------------------
     run_dir = Path(config.output_dir)
+    unknown = [task for task in config.eval.tasks if task not in evaluations]
+    if unknown and Duration.parse(config.eval.every).value > 0:
+        raise UserError(f"eval.tasks={unknown} cannot run during training; valid: {', '.join(evaluations) or 'none'}")
     setup_logging(run_dir, world.rank)
     source = open_source(config.data.train, config.data.cache)
     length = lengths(config, len(source))
@@ -268,9 +269,8 @@ def _train(config: Config, world: World, evaluations: Mapping[str, Evaluation], 
         with monitor.phase("evaluation"):
             results = {}
             for task in config.eval.tasks:
-                if task in evaluations:
-                    found = evaluations[task](teacher.features, config, world.rank, world.size, world.device)
-                    results |= {f"eval/{name}": value for name, value in found.items()}
+                found = evaluations[task](teacher.features, config, world.rank, world.size, world.device)
+                results |= {f"eval/{name}": value for name, value in found.items()}
         monitor.event(step, results)
 
     # -- loop ---------------------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def _train(config: Config, world: World, evaluations: Mapping[str, Evaluation], 
             update(step)
             done = step + 1
             if due(done, length.log, length.total):
-                power = {"param_norm": _norm(ema.student), "bad_images": float(len(bad_images))}
+                power = {"param_norm": _norm(ema.student), "bad_images": float(len(bad_images) * world.size)}
                 monitor.record(done, power)
                 monitor.flush(done)
                 if skipped_in_a_row.item() > config.train.max_nonfinite:

@@ -55,7 +55,8 @@ def load_backbone(
     if path.is_file():
         return _load_export(path, device)
     if (path / STATE_FILE).is_file():
-        run, checkpoint = path.parent.parent, SavedCheckpoint(path, int(path.name.split("_")[-1]))
+        state = json.loads((path / STATE_FILE).read_text())
+        run, checkpoint = path.resolve().parent.parent, SavedCheckpoint(path, state["step"])
     elif (path / "config.yaml").is_file():
         run, checkpoint = path, find_checkpoint(path, step)
     else:
@@ -65,7 +66,8 @@ def load_backbone(
         )
     config = load(run / "config.yaml")
     model = build_backbone(config.model, config.crops.global_size)
-    load_tensors(checkpoint.path, {f"{which}.backbone.{name}": p.detach() for name, p in model.named_parameters()})
+    prefix = f"{which}.backbone."
+    load_tensors(checkpoint.path, {f"{prefix}{name}": p.detach() for name, p in model.named_parameters()}, prefix)
     return LoadedBackbone(_frozen(model, device), config, checkpoint.step, str(checkpoint.path))
 
 

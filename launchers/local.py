@@ -11,6 +11,7 @@ The same command continues an interrupted run. Every key of the config can be ov
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import signal
@@ -38,7 +39,10 @@ GRACE = 10.0
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="launchers/local.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="launchers/local.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", help="YAML file; without one, all defaults")
     parser.add_argument("--nproc", type=int, help="processes on this machine; by default one per GPU, or one")
@@ -62,26 +66,29 @@ def main() -> int:
     if arguments.output_dir:
         overrides.append(f"output_dir={arguments.output_dir}")
     config = load(arguments.config, overrides)
-    if started_by_launcher():
-        microbatches_per_rank(config, place_from_environment().world_size)
-        return _work(config)
-
-    gpus = visible_gpus()
-    processes = arguments.nproc or max(1, 0 if config.parallel.device == "cpu" else gpus)
+    gpus, started, place = visible_gpus(), started_by_launcher(), place_from_environment()
+    if started and arguments.overwrite:
+        raise UserError(f"--overwrite: torchrun may start a run twice; delete {config.output_dir} yourself")
+    default = max(1, 0 if config.parallel.device == "cpu" else gpus)
+    processes = place.world_size if started else default if arguments.nproc is None else arguments.nproc
     if processes < 1:
         raise UserError(f"--nproc {processes} is impossible; valid: 1 or more")
-    kind = check_devices(config.parallel.device, processes, gpus)
+    kind = check_devices(config.parallel.device, place.local_world_size if started else processes, gpus)
     microbatches_per_rank(config, processes)
-    images = _check_data(config)
-    if arguments.dry_run:
-        from dinov2_fsdp.planner import plan
+    # Where there are other ranks already, they wait for this one when they meet.
+    if place.rank == 0:
+        images = _check_data(config)
+        if arguments.dry_run:
+            from dinov2_fsdp.planner import plan
 
-        print(plan(config, processes, kind, images))
+            print(plan(config, processes, kind, images))
+        else:
+            _check_run_directory(config, arguments.overwrite)
+    if arguments.dry_run:
         return 0
-    _check_run_directory(config, arguments.overwrite)
-    if processes == 1:
+    if started or processes == 1:
         return _work(config)
-    return _start_processes(processes, kind, config.parallel.threads)
+    return _start_processes(processes, config.parallel.threads)
 
 
 def _print_keys() -> int:
@@ -94,14 +101,17 @@ def _print_keys() -> int:
 
 def _check_data(config) -> int:  # type: ignore[no-untyped-def]
     from dinov2_fsdp.data.sources import open_source
+    from dinov2_fsdp.duration import Duration
 
     images = len(open_source(config.data.train, config.data.cache))
     if config.train.batch > images:
+        fitting = images // config.train.microbatch * config.train.microbatch
+        way_out = f"train.batch={fitting} or less" if fitting else f"train.batch={images} train.microbatch={images}"
         raise UserError(
             f"train.batch={config.train.batch} is larger than the data set: {config.data.train} holds {images} "
-            f"images; use train.batch={images // config.train.microbatch * config.train.microbatch or images} or less"
+            f"images; use {way_out}"
         )
-    if config.eval.test and config.eval.every.lstrip("0."):
+    if config.eval.test and Duration.parse(config.eval.every).value > 0:
         for spec in (config.eval.test, config.eval.train or config.data.train):
             if open_source(spec, config.data.cache).labels is None:
                 raise UserError(f"{spec} has no labels, which evaluations need; use class folders, or eval.every=0it")
@@ -114,7 +124,8 @@ def _check_run_directory(config, overwrite: bool) -> None:  # type: ignore[no-un
 
     directory = Path(config.output_dir)
     saved = directory / "config.yaml"
-    if overwrite and saved.is_file():
+    # A directory of something else may hold a config.yaml too; only a run has logs beside it.
+    if overwrite and saved.is_file() and (directory / "logs").is_dir():
         shutil.rmtree(directory)
     if directory.is_dir() and any(directory.iterdir()) and not saved.is_file() and not (directory / "logs").is_dir():
         raise UserError(f"{directory} is not empty and holds no run; choose another output_dir")
@@ -157,10 +168,13 @@ def _work(config) -> int:  # type: ignore[no-untyped-def]
         train(config, ONLINE)
     except UserError as error:
         exit_with(error)
+    except Exception:
+        logging.getLogger(__name__).exception("this rank has failed")
+        return 1
     return 0
 
 
-def _start_processes(count: int, kind: str, threads: int) -> int:
+def _start_processes(count: int, threads: int) -> int:
     """Start one process per rank and wait; when one fails, end the others and say which one it was."""
     address, port = "127.0.0.1", _free_port()
     cores = threads or max(1, available_cores() // count)
@@ -168,7 +182,7 @@ def _start_processes(count: int, kind: str, threads: int) -> int:
     for rank in range(count):
         place = Place(rank, count, rank, count).to_environment(address, port)
         environment = {**os.environ, **place, "OMP_NUM_THREADS": str(cores)}
-        command = [sys.executable, *sys.argv]
+        command = [sys.executable, *(argument for argument in sys.argv if argument != "--overwrite")]
         children.append(subprocess.Popen(command, env=environment))
 
     def forward(number: int, _frame: object) -> None:
@@ -188,7 +202,9 @@ def _start_processes(count: int, kind: str, threads: int) -> int:
 
 
 def _end_after_failure(children: list[subprocess.Popen[bytes]]) -> int:
-    rank, code = next((r, child.returncode) for r, child in enumerate(children) if child.poll() not in (None, 0))
+    failed = [(rank, child.returncode) for rank, child in enumerate(children) if child.poll() not in (None, 0)]
+    # A rank that loses another fails too, so one that a signal ended, or a user's mistake, is the cause.
+    rank, code = min(failed, key=lambda rank_and_code: (rank_and_code[1] > 0, rank_and_code[1] != 2))
     deadline = time.monotonic() + GRACE
     while time.monotonic() < deadline and any(child.poll() is None for child in children):
         time.sleep(0.1)

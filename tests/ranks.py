@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 60.0
-"""Seconds after which the ranks of a test count as hung."""
+"""Seconds after which ranks that have met count as hung."""
+STARTUP_TIMEOUT = 300.0
+"""Seconds that ranks may take to meet: on a busy machine importing torch alone takes half a minute."""
 
 
 def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -26,7 +28,9 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> l
     Raises:
         AssertionError: a rank raised (with its traceback), died or hung.
     """
-    context = multiprocessing.get_context("spawn")
+    # Fresh processes, as with spawn, but torch is imported once for all of them.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.fsdp"])
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(target=_run, args=(rank, world_size, folder, function, args), daemon=True)
@@ -34,10 +38,12 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> l
         ]
         for process in processes:
             process.start()
-        deadline = time.monotonic() + TIMEOUT
+        deadline, met = time.monotonic() + STARTUP_TIMEOUT, False
         try:
             # A rank that failed leaves the others waiting for it, so the first failure ends all.
             while any(p.is_alive() for p in processes) and not any(p.exitcode for p in processes):
+                if not met and len(list(Path(folder).glob("met.*"))) == world_size:
+                    deadline, met = time.monotonic() + TIMEOUT, True
                 assert time.monotonic() < deadline, f"ranks hang: exit codes {[p.exitcode for p in processes]}"
                 time.sleep(0.02)
             if any(p.exitcode for p in processes):
@@ -59,6 +65,7 @@ def _run(rank: int, world_size: int, folder: str, function: Callable[..., Any], 
         dist.init_process_group(
             "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=TIMEOUT / 2)
         )
+        Path(folder, f"met.{rank}").touch()
         torch.save(function(*args), Path(folder, f"result.{rank}"))
         dist.barrier()
         dist.destroy_process_group()

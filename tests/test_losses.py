@@ -144,7 +144,7 @@ def test_the_gradient_of_the_ibot_loss_equals_float64() -> None:
     logits, targets, weights = _logits(4).requires_grad_(), _targets(4), torch.tensor([1.0, 0.5, 0.5, 0.25])
     exact = logits.detach().double().requires_grad_()
     ibot_loss(logits, targets, weights, 4, TEMPERATURE).backward()
-    sum(w * _reference_cross_entropy(t, z) / 4 for w, t, z in zip(weights, targets, exact, strict=True)).backward()  # type: ignore[union-attr]
+    sum(w * _reference_cross_entropy(t, z) / 4 for w, t, z in zip(weights, targets, exact, strict=True)).backward()
     torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-7)  # type: ignore[union-attr]
 
 

@@ -12,6 +12,7 @@ from dinov2_fsdp.config import Config, from_dict
 from dinov2_fsdp.data.batch import Microbatch
 from dinov2_fsdp.data.masks import masks_for
 from dinov2_fsdp.models.initialise import initialise
+from dinov2_fsdp.models.vision_transformer import VisionTransformer
 from dinov2_fsdp.ssl.network import Network
 
 TINY: dict[str, Any] = {
@@ -67,3 +68,19 @@ def tiny_batch(config: Config, step: int = 0, index: int = 0, masked: bool = Tru
         mask_weights=torch.from_numpy(weights.astype(np.float32)),
         samples=torch.arange(images),
     )
+
+
+def tiny_backbone(ffn: str = "mlp", registers: int = 0, layer_scale: float = 0.5, depth: int = 2) -> VisionTransformer:
+    """A small backbone for 4 × 4 patches whose every parameter matters."""
+    model = VisionTransformer(16, 4, 24, depth, 3, ffn, 4.0, layer_scale, registers)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=rng) * (0.2 if parameter.ndim > 1 else 0.5))
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(1.0)
+    return model
+
+
+def tiny_images(number: int, height: int = 16, width: int = 16, seed: int = 0) -> Tensor:
+    return torch.randn(number, 3, height, width, generator=torch.Generator().manual_seed(seed))

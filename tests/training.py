@@ -48,10 +48,11 @@ def train_alone(config: Config) -> None:
 
 def train_on_ranks(config: Config, ranks: int) -> None:
     """Run a config to its end on several processes."""
-    run_on_ranks(_as_one_rank, ranks, config)
+    run_on_ranks(train_as_rank, ranks, config)
 
 
-def _as_one_rank(config: Config) -> None:
+def train_as_rank(config: Config) -> None:
+    """Run a config to its end as one of the processes of `run_on_ranks`."""
     _train(config, this_world(), {}, console=False)
 
 

@@ -1,10 +1,10 @@
 """The embedded data set: labelled scenes drawn by a renderer, so that a run needs no download.
 
-Every scene shows one object of ten classes. A class is an outline together with a coat (a heart is dotted, a
-star is ringed), much as an animal has both. All else (where the object is and how large, its rotation and
-perspective, every colour, the light, the background, small plain distractors, the camera's noise) is drawn
-without looking at the class. Colours therefore tell nothing, pixels next to nothing, and what a network can
-use is structure that survives cropping, which is what self-supervised learning is to find.
+Every scene shows a few objects of one of ten classes. A class is an outline together with a coat (a heart is
+dotted, a star is ringed), much as an animal has both. All else is drawn without looking at the class: for each
+object anew its place, size, rotation, perspective and every colour, and for the scene the light, the background,
+small plain distractors and the camera's noise. Colours therefore tell nothing and pixels next to nothing. What two
+crops of a scene share, and a network can find without labels, is what its objects have in common.
 
 A scene is a pure function of ``(seed, index)``; ``size`` only sets the grid on which it is sampled.
 Coordinates run from -1 to 1 over the frame, rows downwards. Colours are mixed in linear light.
@@ -47,87 +47,151 @@ def render(seed: int, index: int, size: int = 64) -> Scene:
     """
     label = label_of(seed, index)
     rng = generator(seed, "scene", index)
-    draw: Draw = dict(zip(_RANGES, rng.uniform(_LOW, _HIGH).tolist(), strict=True))
-    paint = _paint(rng, draw)
+    draw = _draw(rng, _SCENE_RANGES)
     x, y = _grid(size)
-
-    x_object, y_object = _object_coordinates(x, y, draw)
-    outline, slope_x, slope_y, coverage = _outline(label, x_object, y_object)
     ground = (draw["distance"] / (1.0 + draw["tilt_x"] * x + draw["tilt_y"] * y)).astype(np.float32)
 
-    light = _mix(paint["background"], _background(rng, draw, x, y))
+    tone = draw["tone_background"]
+    light = _mix(_paint(rng, tone, 0.7, 0.6), _background(rng, draw, x, y))
     depth = ground
-    for colour, place in zip(paint["distractors"], rng.random((_DISTRACTORS, 6)).tolist(), strict=True):
+    colours = _paint(rng, 0.3, 0.3, 0.9)
+    for colour, place in zip(colours, rng.random((_DISTRACTORS, 6)).tolist(), strict=True):
         light, depth = _add_distractor(light, depth, ground, colour, place, x, y)
-    light *= 1.0 - draw["shadow"] * _shadow(coverage, draw)
+    objects = _arrange(rng, label, size)
+    everything = np.zeros((size, size), np.float32)
+    for item in objects:
+        everything[item.window] = np.maximum(everything[item.window], item.coverage)
+    light *= 1.0 - draw["shadow"] * _shadow(everything, draw)
 
+    mask = np.zeros((size, size), np.uint8)
+    depth = depth.copy()
+    for item in objects:
+        here = item.window
+        surface = _surface(rng, label, item, draw, size)
+        light[:, here[0], here[1]] += (surface - light[:, here[0], here[1]]) * item.coverage
+        inside = item.coverage > 0.5
+        near = ground[here] * (item.draw["nearness"] - item.draw["bulge"] * item.rise * (2.0 - item.rise))
+        depth[here] = np.where(inside, near, depth[here])
+        mask[here][inside] = 1 + label
+    return Scene(image=_expose(rng, draw, light), label=label, mask=mask, depth=depth.astype(np.float32))
+
+
+@dataclass(frozen=True)
+class _Object:
+    """One object on the part of the grid that it can touch, ``window``: the planes have the window's shape."""
+
+    draw: Draw
+    window: tuple[slice, slice]
+    x: Plane  # coordinates on the object
+    y: Plane
+    rise: Plane
+    slope_x: Plane
+    slope_y: Plane
+    coverage: Plane
+
+
+def _draw(rng: np.random.Generator, ranges: dict[str, tuple[float, float]]) -> Draw:
+    low, high = np.array(list(ranges.values())).T
+    return dict(zip(ranges, rng.uniform(low, high).tolist(), strict=True))
+
+
+def _arrange(rng: np.random.Generator, label: int, size: int) -> list[_Object]:
+    """Return the scene's objects, the farthest first, spread around the middle of the frame."""
+    count = int(rng.integers(*_OBJECTS, endpoint=True))
+    start = rng.uniform(0.0, _TURN)
+    objects = []
+    for number in range(count):
+        draw = _draw(rng, _OBJECT_RANGES)
+        angle = start + _TURN / count * (number + draw["place_angle"])
+        draw["place_x"] = draw["place_radius"] * float(np.cos(angle))
+        draw["place_y"] = draw["place_radius"] * float(np.sin(angle))
+        objects.append(_outlined(label, draw, size))
+    return sorted((item for item in objects if item.coverage.size), key=lambda item: -item.draw["nearness"])
+
+
+def _outlined(label: int, draw: Draw, size: int) -> _Object:
+    reach = _standard_frame(label)[3] * draw["diameter"] * _DISTORTION
+    spans = []
+    for middle in (draw["place_y"], draw["place_x"]):
+        first, last = ((middle + side * reach + 1.0) * 0.5 * size for side in (-1, 1))
+        low = min(max(0, int(first) - 1), size - 3)
+        spans.append(slice(low, max(min(size, int(last) + 2), low + 3)))
+    window = (spans[0], spans[1])
+    x, y = (plane[window] for plane in _grid(size))
+    x, y = _object_coordinates(x, y, draw)
+    outline, slope_x, slope_y, coverage = _outline(label, x, y)
     rise = np.clip(outline * (1.0 / _BEVEL), 0.0, 1.0)
-    diffuse, highlight = _shade(rise, slope_x, slope_y, draw)
-    first = _mix(paint["first"], _ramp(x, y, draw["ramp_first"]))
-    second = _mix(paint["second"], _ramp(x, y, draw["ramp_second"]))
-    coat = _coat(rng, label, x_object, y_object, draw, 2.0 / (size * draw["diameter"]))
-    surface = (first + (second - first) * coat) * diffuse + highlight
-    light += (surface - light) * coverage
-
-    inside = coverage > 0.5
-    near = ground * (draw["nearness"] - draw["bulge"] * rise * (2.0 - rise))
-    return Scene(
-        image=_expose(rng, draw, light),
-        label=label,
-        mask=inside.astype(np.uint8) * np.uint8(1 + label),
-        depth=np.where(inside, near, depth).astype(np.float32),
-    )
+    return _Object(draw, window, x, y, rise, slope_x, slope_y, coverage)
 
 
-# What is drawn for every scene, alike for all classes: name -> (low, high), uniform.
+def _surface(rng: np.random.Generator, label: int, item: _Object, scene: Draw, size: int) -> Plane:
+    """Return the light (3, …) that an object's surface sends, over its window."""
+    draw = item.draw
+    x, y = (plane[item.window] for plane in _grid(size))
+    diffuse, highlight = _shade(item, scene)
+    tones = (draw["tone_dark"], draw["tone_dark"] + draw["tone_step"])
+    if draw["tone_order"] < 0.5:
+        tones = tones[::-1]
+    colours = [_paint(rng, tone, 0.3, 0.9) for tone in tones]
+    first = _mix(colours[0], _ramp(x, y, draw["ramp_first"]))
+    second = _mix(colours[1], _ramp(x, y, draw["ramp_second"]))
+    coat = _coat(rng, label, item.x, item.y, draw, 2.0 / (size * draw["diameter"]))
+    return (first + (second - first) * coat) * diffuse + highlight
+
+
+# What is drawn, alike for all classes: name -> (low, high), uniform.
 _TURN = 2 * np.pi
-_RANGES: dict[str, tuple[float, float]] = {
-    "diameter": (0.46, 0.88),  # of the disc of the object's area, as a share of the frame
-    "place_x": (-1.0, 1.0),  # share of the way that keeps the object (mostly) in the frame
-    "place_y": (-1.0, 1.0),
-    "rotation": (0.0, _TURN),
-    "stretch": (-0.2, 0.2),
-    "shear": (-0.2, 0.2),
-    "perspective_x": (-0.2, 0.2),
-    "perspective_y": (-0.2, 0.2),
-    "coat_rotation": (0.0, _TURN),
-    "coat_frequency": (0.62, 1.38),
+_OBJECT_RANGES: dict[str, tuple[float, float]] = {
+    "diameter": (0.3, 0.5),  # of the disc of the object's area, as a share of the frame
+    "place_angle": (-0.25, 0.25),  # off its even share of the turn, in shares
+    "place_radius": (0.3, 0.8),  # from the middle of the frame; 1 is an edge
+    "rotation": (-0.3, 0.3),
+    "stretch": (-0.12, 0.12),
+    "shear": (-0.12, 0.12),
+    "perspective_x": (-0.12, 0.12),
+    "perspective_y": (-0.12, 0.12),
+    "coat_rotation": (-0.25, 0.25),
+    "coat_frequency": (0.8, 1.2),
     "coat_balance": (-0.09, 0.09),
     "coat_softness": (0.02, 0.16),
     "tone_dark": (0.02, 0.20),
-    "tone_step": (0.16, 0.60),
+    "tone_step": (0.3, 0.60),
     "tone_order": (0.0, 1.0),
+    "ramp_first": (0.0, _TURN),
+    "ramp_second": (0.0, _TURN),
+    "relief": (0.5, 1.4),
+    "gloss": (0.0, 0.35),
+    "nearness": (0.6, 0.8),
+    "bulge": (0.03, 0.12),
+}
+_SCENE_RANGES: dict[str, tuple[float, float]] = {
     "tone_background": (0.03, 0.70),
     "background_kind": (0.0, 4.0),
     "background_rotation": (0.0, _TURN),
     "background_frequency": (1.0, 4.0),
     "background_contrast": (0.05, 0.30),
-    "ramp_first": (0.0, _TURN),
-    "ramp_second": (0.0, _TURN),
     "light_azimuth": (0.0, _TURN),
     "light_elevation": (0.55, 1.2),
     "ambient": (0.25, 0.55),
-    "relief": (0.5, 1.4),
-    "gloss": (0.0, 0.35),
     "shadow": (0.2, 0.7),
     "shadow_offset": (0.06, 0.22),
     "shadow_blur": (0.04, 0.12),
     "gain": (0.8, 1.25),
     "vignette": (0.0, 0.25),
-    "noise": (0.004, 0.022),
+    "noise": (0.004, 0.012),
     "distance": (1.5, 6.0),  # metres
     "tilt_x": (-0.12, 0.12),
     "tilt_y": (0.05, 0.3),  # the ground comes nearer towards the lower edge
-    "nearness": (0.6, 0.8),
-    "bulge": (0.03, 0.12),
 }
-_LOW, _HIGH = np.array(list(_RANGES.values())).T
+_OBJECTS = (3, 5)
+_DISTORTION = 1.5  # how much farther stretch, shear and perspective can take a point of an outline
 _DISTRACTORS = 2
 _BEVEL = 0.55
 _COAT_POINTS = 48
 
 
 def label_of(seed: int, index: int) -> int:
+    """Return the label of a scene without drawing it."""
     block, place = divmod(index, len(CLASSES))
     return int(generator(seed, "scene label", block).permutation(len(CLASSES))[place])
 
@@ -144,9 +208,8 @@ def _turned(x: Plane, y: Plane, angle: float) -> tuple[Plane, Plane]:
 
 
 def _object_coordinates(x: Plane, y: Plane, draw: Draw) -> tuple[Plane, Plane]:
-    room = 1.0 - 0.7 * draw["diameter"]
     scale = 1.0 / draw["diameter"]
-    x, y = (x - room * draw["place_x"]) * scale, (y - room * draw["place_y"]) * scale
+    x, y = (x - draw["place_x"]) * scale, (y - draw["place_y"]) * scale
     depth = 1.0 + draw["perspective_x"] * x + draw["perspective_y"] * y
     x, y = _turned(x / depth, y / depth, draw["rotation"])
     stretch = float(np.exp(draw["stretch"]))  # area-preserving, as the shear is
@@ -294,16 +357,22 @@ CLASSES: tuple[str, ...] = tuple(_KINDS)
 
 
 @cache
-def _standard_frame(label: int) -> tuple[float, float, float]:
-    """Centre of gravity and scale that give every outline the area of the unit disc, so that area tells no class."""
+def _standard_frame(label: int) -> tuple[float, float, float, float]:
+    """Centre of gravity and scale that give every outline the area of the unit disc, so that area tells no class.
+
+    The last number is how far the scaled outline reaches from its centre.
+    """
     x, y = (2.0 * plane for plane in _grid(256))
     inside = _KINDS[CLASSES[label]][0](x, y) > 0
-    return float(x[inside].mean()), float(y[inside].mean()), float(np.sqrt(inside.mean() * 16.0 / np.pi))
+    centre_x, centre_y = float(x[inside].mean()), float(y[inside].mean())
+    scale = float(np.sqrt(inside.mean() * 16.0 / np.pi))
+    reach = float(np.hypot(x[inside] - centre_x, y[inside] - centre_y).max()) / scale
+    return centre_x, centre_y, scale, reach
 
 
 def _outline(label: int, x: Plane, y: Plane) -> tuple[Plane, Plane, Plane, Plane]:
     """Return the outline function, its unit gradient in the image (two planes) and the share of each pixel covered."""
-    centre_x, centre_y, scale = _standard_frame(label)
+    centre_x, centre_y, scale, _ = _standard_frame(label)
     outline = _KINDS[CLASSES[label]][0](x * scale + centre_x, y * scale + centre_y) / scale
     slope_x, slope_y = np.empty_like(outline), np.empty_like(outline)
     slope_x[:, 1:-1] = 0.5 * (outline[:, 2:] - outline[:, :-2])
@@ -331,23 +400,15 @@ _COAT_FREQUENCY = 2.0  # periods per radius of the object
 # Colour, background and light.
 
 
-def _paint(rng: np.random.Generator, draw: Draw) -> dict[str, Plane]:
-    """Return pairs of linear RGB colours (2, 3): each surface runs from one hue to another across the frame.
+def _paint(rng: np.random.Generator, tone: float, spread: float, saturation: float) -> Plane:
+    """Return two linear RGB colours (2, 3) near a brightness ``tone``: a surface runs from one hue to the other.
 
     Hues that change within a scene keep two crops of it from being matched by colour alone.
     """
-    hue = rng.uniform(0.0, _TURN, (8, 1)) - np.arange(3) * (_TURN / 3)
-    tone = np.repeat([draw["tone_background"], draw["tone_dark"], draw["tone_dark"] + draw["tone_step"], 0.3], 2)
-    tone *= 1.0 + np.repeat([0.7, 0.3, 0.3, 0.3], 2) * rng.uniform(-1.0, 1.0, 8)
-    saturation = rng.uniform(0.1, np.repeat([0.6, 0.9, 0.9, 0.9], 2))[:, None]
-    rgb = (tone[:, None] * np.clip(1.0 + saturation * np.cos(hue), 0.05, None)).astype(np.float32)
-    dark, bright = (2, 4) if draw["tone_order"] < 0.5 else (4, 2)
-    return {
-        "background": rgb[0:2],
-        "first": rgb[dark : dark + 2],
-        "second": rgb[bright : bright + 2],
-        "distractors": rgb[6:8],
-    }
+    hue = rng.uniform(0.0, _TURN, (2, 1)) - np.arange(3) * (_TURN / 3)
+    tones = tone * (1.0 + spread * rng.uniform(-1.0, 1.0, 2))
+    amount = rng.uniform(0.1, saturation, (2, 1))
+    return (tones[:, None] * np.clip(1.0 + amount * np.cos(hue), 0.05, None)).astype(np.float32)
 
 
 def _mix(pair: Plane, share: Plane) -> Plane:
@@ -417,17 +478,17 @@ def _shadow(coverage: Plane, draw: Draw) -> Plane:
     return (blur_y @ coverage @ blur_x.T) * norm
 
 
-def _shade(rise: Plane, slope_x: Plane, slope_y: Plane, draw: Draw) -> tuple[Plane, Plane]:
+def _shade(item: _Object, draw: Draw) -> tuple[Plane, Plane]:
     """Return Lambert's diffuse factor and a highlight of a surface that rises from the outline and levels off."""
     flat = float(np.cos(draw["light_elevation"]))
     towards_x, towards_y = flat * float(np.cos(draw["light_azimuth"])), flat * float(np.sin(draw["light_azimuth"]))
-    steepness = draw["relief"] * (1.0 - rise)
-    facing = float(np.sin(draw["light_elevation"])) - steepness * (towards_x * slope_x + towards_y * slope_y)
+    steepness = item.draw["relief"] * (1.0 - item.rise)
+    facing = float(np.sin(draw["light_elevation"])) - steepness * (towards_x * item.slope_x + towards_y * item.slope_y)
     facing = np.maximum(facing / np.sqrt(1.0 + steepness * steepness), 0.0)
     peak = facing * facing
     peak *= peak
     peak *= peak
-    return draw["ambient"] + (1.3 - draw["ambient"]) * facing, draw["gloss"] * peak * peak
+    return draw["ambient"] + (1.3 - draw["ambient"]) * facing, item.draw["gloss"] * peak * peak
 
 
 def _expose(rng: np.random.Generator, draw: Draw, light: Plane) -> NDArray[np.uint8]:

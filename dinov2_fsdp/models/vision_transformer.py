@@ -74,9 +74,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid**2, dim))
         self.register_tokens = nn.Parameter(torch.empty(1, registers, dim)) if registers else None
         self.mask_token = nn.Parameter(torch.empty(1, dim))
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, int(dim * mlp_ratio), ffn, layer_scale > 0) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(dim, heads, int(dim * mlp_ratio), ffn, layer_scale > 0) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
 
     @property

@@ -5,9 +5,36 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dinov2_fsdp.errors import UserError, nearest
+from dinov2_fsdp.optim.clip import local_shard
 from dinov2_fsdp.optim.lars import LARS
+
+
+class UnfusedAdamW(torch.optim.AdamW):
+    """AdamW that reads ``grad_scale`` and ``found_inf`` as the fused one does, for CPUs.
+
+    The fused CPU kernel rounds the last elements of a tensor, which do not fill a vector, otherwise than the ones
+    before: where a parameter is cut into shards would show in its bits.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        grad_scale, found_inf = self.grad_scale, self.found_inf
+        if found_inf is not None and bool(found_inf):
+            return None
+        if grad_scale is not None:
+            shards = [local_shard(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_div_(shards, grad_scale)
+        self.grad_scale = self.found_inf = None  # the parent refuses both
+        try:
+            return super().step(closure)
+        finally:
+            self.grad_scale, self.found_inf = grad_scale, found_inf
 
 
 def build_optimizer(
@@ -22,7 +49,9 @@ def build_optimizer(
     Raises UserError for another name.
     """
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, fused=True)
+        on_cpu = all(parameter.device.type == "cpu" for group in groups for parameter in group["params"])
+        adamw, kernel = (UnfusedAdamW, {"foreach": True}) if on_cpu else (torch.optim.AdamW, {"fused": True})
+        return adamw(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, **kernel)
     if name == "lars":
         return LARS(groups, momentum=momentum)
     valid = ("adamw", "lars")

@@ -1,0 +1,321 @@
+"""Checkpoints hold everything of a run, whatever its ranks, and nothing loads by halves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from training import differing, metrics, saved_steps, saved_tensors, tiny_run, train_alone, train_as_rank
+
+import dinov2_fsdp.checkpoint as checkpoint_module
+from dinov2_fsdp.checkpoint import Checkpointer, find_checkpoint, list_checkpoints
+from dinov2_fsdp.config import Config, ParallelConfig
+from dinov2_fsdp.errors import UserError
+from dinov2_fsdp.parallel.place import Place
+from dinov2_fsdp.parallel.world import World, end_world, start_world
+from dinov2_fsdp.train import train
+from dinov2_fsdp.weights import export_backbone, load_backbone, untrained_backbone
+
+STEPS, MIDDLE = 6, 3
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    threads = torch.get_num_threads()
+    yield start_world(ParallelConfig(device="cpu", threads=1), Place())
+    end_world()
+    torch.set_num_threads(threads)
+
+
+def six_steps(run_dir: Path, **overrides: Any) -> Config:
+    """A run of six steps that saves after the third, in the middle of a window of metrics."""
+    settings = {"train__duration": f"{STEPS}it", "checkpoint__every": f"{MIDDLE}it", "model__drop_path": 0.3}
+    return tiny_run(run_dir, **settings, **overrides)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; tests must not change it."""
+    run_dir = tmp_path_factory.mktemp("run") / "run"
+    train_alone(six_steps(run_dir))
+    return run_dir
+
+
+def interrupted(run_dir: Path, copy: Path) -> Config:
+    """Return the config of a copy of a run that died after its checkpoint of step 3."""
+    shutil.copytree(run_dir, copy)
+    shutil.rmtree(copy / "checkpoints" / f"step_{STEPS:08d}")
+    return six_steps(copy)
+
+
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(run: Path, tmp_path: Path) -> None:
+    config = interrupted(run, tmp_path / "resumed")
+    assert saved_steps(tmp_path / "resumed") == [MIDDLE]
+    train_alone(config)
+    resumed = saved_tensors(tmp_path / "resumed")
+    assert differing(saved_tensors(run), resumed) == []
+    for part in ("student.", "teacher.", "optimizer.", "centering.", "scaler."):
+        assert any(name.startswith(part) for name in resumed), part
+    assert differing(saved_tensors(run), saved_tensors(run, MIDDLE)) != []
+
+
+def test_a_resumed_run_writes_the_metrics_of_an_uninterrupted_one(run: Path, tmp_path: Path) -> None:
+    train_alone(interrupted(run, tmp_path / "resumed"))
+    lines = metrics(tmp_path / "resumed")
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert lines == metrics(run)
+
+
+def test_a_finished_run_started_again_does_nothing(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "again")
+    before = saved_tensors(tmp_path / "again")
+    train_alone(six_steps(tmp_path / "again"))
+    assert differing(before, saved_tensors(tmp_path / "again")) == []
+    assert metrics(tmp_path / "again") == metrics(run)
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_of_two_ranks_resumes_on_one(run: Path, tmp_path: Path) -> None:
+    """One rank with two microbatches learns what two ranks with one do, so the end must be the same, bit for bit."""
+    run_on_ranks(train_as_rank, 2, six_steps(tmp_path / "two"))
+    config = interrupted(tmp_path / "two", tmp_path / "resumed")
+    train_alone(config)
+    assert differing(saved_tensors(run), saved_tensors(tmp_path / "resumed")) == []
+    for line, line_ in zip(metrics(run), metrics(tmp_path / "resumed"), strict=True):
+        assert line == pytest.approx(line_, rel=1e-6)
+
+
+def test_a_checkpoint_holds_safetensors_and_json_only(run: Path) -> None:
+    files = [path for path in find_checkpoint(run).path.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+    for path in files:
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        else:
+            load_file(path)
+
+
+def tensors(value: float = 0.0) -> dict[str, Tensor]:
+    return {"matrix": torch.full((4, 3), value), "row": torch.full((5,), value), "number": torch.tensor(value)}
+
+
+def test_a_checkpoint_gives_back_tensors_and_state(world: World, tmp_path: Path) -> None:
+    saver = Checkpointer(tmp_path, world, keep=3, keep_every=0)
+    saver.save(7, tensors(2.5), {"colour": "green"})
+    loaded = tensors()
+    state = saver.load(find_checkpoint(tmp_path), loaded)
+    assert differing(loaded, tensors(2.5)) == []
+    assert (state["step"], state["colour"]) == (7, "green")
+
+
+def test_the_newest_checkpoints_and_multiples_of_keep_every_stay(world: World, tmp_path: Path) -> None:
+    saver = Checkpointer(tmp_path, world, keep=2, keep_every=3)
+    for step in range(1, 9):
+        saver.save(step, tensors(step), {})
+    assert saved_steps(tmp_path) == [3, 6, 7, 8]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 4
+
+
+def test_a_checkpoint_that_was_not_finished_is_not_listed(world: World, tmp_path: Path) -> None:
+    saver = Checkpointer(tmp_path, world, keep=3, keep_every=0)
+    saved = saver.save(3, tensors(), {})
+    shutil.copytree(saved, saved.with_name("step_00000004.partial"))
+    shutil.copytree(saved, saved.with_name("step_00000005"))
+    (saved.with_name("step_00000005") / "state.json").unlink()
+    assert saved_steps(tmp_path) == [3]
+
+
+def test_a_failed_save_leaves_the_previous_checkpoint_and_can_be_repeated(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Any, storage_writer: Any) -> None:
+        Path(storage_writer.path, "half.safetensors").write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    saver = Checkpointer(tmp_path, world, keep=1, keep_every=0)
+    saver.save(3, tensors(3.0), {})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module.dcp, "save", fail)
+        with pytest.raises(OSError, match="No space"):
+            saver.save(4, tensors(4.0), {})
+    assert saved_steps(tmp_path) == [3]
+    saver.save(4, tensors(4.0), {})
+    loaded = tensors()
+    saver.load(find_checkpoint(tmp_path), loaded)
+    assert differing(loaded, tensors(4.0)) == []
+
+
+def test_a_prune_that_was_interrupted_leaves_nothing_that_looks_whole(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = Checkpointer(tmp_path, world, keep=1, keep_every=0)
+    saver.save(1, tensors(), {})
+
+    def die(path: Path, **_: Any) -> None:
+        if path.is_dir():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint_module.shutil, "rmtree", die)
+    with pytest.raises(KeyboardInterrupt):
+        saver.save(2, tensors(), {})
+    assert saved_steps(tmp_path) == [2]
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_listed(world: World, tmp_path: Path) -> None:
+    saver = Checkpointer(tmp_path, world, keep=3, keep_every=0)
+    saver.save(1, {**tensors(1.0), "old": torch.zeros(2)}, {})
+    needed = {**tensors(), "new": torch.zeros(2), "matrix": torch.zeros(4, 4)}
+    with pytest.raises(UserError) as caught:
+        saver.load(find_checkpoint(tmp_path), needed)
+    message = str(caught.value)
+    assert "missing (1): new" in message
+    assert "unexpected (1): old" in message
+    assert "matrix: (4, 3) saved, (4, 4) needed" in message
+    assert len(message.splitlines()) <= 5
+    assert not needed["row"].any(), "nothing may be loaded by halves"
+
+
+def test_an_unexpected_tensor_alone_is_refused(world: World, tmp_path: Path) -> None:
+    saver = Checkpointer(tmp_path, world, keep=3, keep_every=0)
+    saver.save(1, {**tensors(), "old": torch.zeros(2)}, {})
+    with pytest.raises(UserError, match=r"unexpected \(1\): old"):
+        saver.load(find_checkpoint(tmp_path), tensors())
+
+
+def test_another_format_is_refused(world: World, tmp_path: Path) -> None:
+    saver = Checkpointer(tmp_path, world, keep=3, keep_every=0)
+    path = saver.save(1, tensors(), {})
+    (path / "state.json").write_text(json.dumps({"format": 99, "step": 1}))
+    with pytest.raises(UserError, match="format 99"):
+        saver.load(list_checkpoints(tmp_path)[0], tensors())
+
+
+def test_a_step_that_was_not_saved_is_refused_with_those_that_were(run: Path) -> None:
+    with pytest.raises(UserError, match=f"no checkpoint of step 5 in .*; steps there: {MIDDLE}, {STEPS}"):
+        find_checkpoint(run, 5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backbones in and out.
+
+
+def backbone_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def saved_backbone(run_dir: Path, which: str, step: int | None = None) -> dict[str, Tensor]:
+    prefix = f"{which}.backbone."
+    saved = saved_tensors(run_dir, step)
+    return {name.removeprefix(prefix): tensor for name, tensor in saved.items() if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_a_backbone_comes_from_a_run(run: Path, which: str) -> None:
+    loaded = load_backbone(run, which=which)
+    assert differing(backbone_tensors(loaded.model), saved_backbone(run, which)) == []
+    assert loaded.step == STEPS
+    assert not loaded.model.training
+
+
+def test_a_backbone_comes_from_the_checkpoint_that_is_asked_for(run: Path) -> None:
+    by_step = load_backbone(run, step=MIDDLE)
+    by_folder = load_backbone(run / "checkpoints" / f"step_{MIDDLE:08d}")
+    expected = saved_backbone(run, "teacher", MIDDLE)
+    for loaded in (by_step, by_folder):
+        assert differing(backbone_tensors(loaded.model), expected) == []
+        assert loaded.step == MIDDLE
+
+
+def test_a_checkpoint_folder_may_be_named_from_within_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run / "checkpoints")
+    assert load_backbone(f"step_{MIDDLE:08d}").step == MIDDLE
+
+
+def test_an_export_reads_back_as_the_same_backbone(run: Path, tmp_path: Path) -> None:
+    original = load_backbone(run)
+    export_backbone(original, tmp_path / "exports" / "teacher.safetensors")
+    loaded = load_backbone(tmp_path / "exports" / "teacher.safetensors")
+    assert differing(backbone_tensors(loaded.model), backbone_tensors(original.model)) == []
+    images = torch.linspace(-1, 1, 2 * 3 * 24 * 16).view(2, 3, 24, 16)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(images), original.model(images))
+    assert loaded.step == STEPS
+
+
+def test_an_export_has_the_published_names(run: Path, tmp_path: Path) -> None:
+    export_backbone(load_backbone(run), tmp_path / "teacher.safetensors")
+    names = load_file(tmp_path / "teacher.safetensors").keys()
+    assert {
+        "cls_token",
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "blocks.1.attn.qkv.weight",
+        "blocks.0.ls1.gamma",
+    } <= names
+
+
+def test_an_untrained_backbone_is_what_a_run_starts_from(tmp_path: Path) -> None:
+    images = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
+    found = {}
+
+    def first(features: Any, config: Config, *_: Any) -> Mapping[str, float]:
+        with torch.no_grad():
+            found.setdefault("class token", features(images)["x_norm_clstoken"].clone())
+        return {}
+
+    overrides = {"eval__every": "1it", "eval__test": "scenes:n=2", "eval__tasks": ["first"], "train__duration": "1it"}
+    config = tiny_run(tmp_path, eval__size=16, optim__warmup="0it", **overrides)
+    train(config, {"first": first}, console=False)
+    backbone = untrained_backbone(config)
+    backbone.set_attention_backend("math")
+    assert torch.equal(backbone(images), found["class token"])
+
+
+def test_what_is_neither_run_nor_checkpoint_nor_export_is_refused(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.safetensors").write_text("no tensors at all")
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    for path, expected in (
+        (tmp_path / "nowhere", "is no run directory, checkpoint folder or exported file"),
+        (tmp_path, "is no run directory, checkpoint folder or exported file"),
+        (tmp_path / "text.safetensors", "is not a readable safetensors file"),
+        (tmp_path / "foreign.safetensors", "was not exported by this project"),
+    ):
+        with pytest.raises(UserError, match=expected) as caught:
+            load_backbone(path)
+        assert str(path) in str(caught.value)
+
+
+def test_an_export_that_lacks_a_tensor_is_refused(run: Path, tmp_path: Path) -> None:
+    loaded = load_backbone(run)
+    export_backbone(loaded, tmp_path / "whole.safetensors")
+    held = load_file(tmp_path / "whole.safetensors")
+    del held["cls_token"]
+    metadata = {
+        "format": "dinov2_fsdp",
+        "model": json.dumps(dataclasses.asdict(loaded.config.model)),  # type: ignore[union-attr]
+        "image_size": "16",
+        "step": "6",
+    }
+    save_file(held, tmp_path / "lacking.safetensors", metadata=metadata)
+    with pytest.raises(UserError, match=r"1 tensors differ: \['cls_token'\]"):
+        load_backbone(tmp_path / "lacking.safetensors")
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run", copy_function=os.link)
+    text = (run / "config.yaml").read_text()
+    (tmp_path / "run" / "config.yaml").unlink()
+    for depth, complaint in ((3, r"missing \(14\): teacher.backbone.blocks.2"), (1, r"unexpected \(14\): teacher")):
+        (tmp_path / "run" / "config.yaml").write_text(text.replace("depth: 2", f"depth: {depth}"))
+        with pytest.raises(UserError, match=complaint):
+            load_backbone(tmp_path / "run")

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_backbone, tiny_images
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dinov2_fsdp.models.layout import Layout
+from dinov2_fsdp.models.stochastic_depth import DepthPlan, add_residual, draw_plan, kept_sequences
+
+
+@pytest.mark.parametrize(
+    ("sequences", "drop", "kept"), [(10, 0.3, 7), (7, 0.3, 4), (3, 0.4, 1), (2, 0.9, 1), (8, 0.0, 8)]
+)
+def test_a_branch_keeps_the_published_number_of_sequences(sequences: int, drop: float, kept: int) -> None:
+    assert kept_sequences(sequences, drop) == kept
+
+
+def test_every_crop_size_loses_its_own_share() -> None:
+    plan = draw_plan(Layout(((10, 3), (20, 2))), 4, 0.3, np.random.default_rng(0))
+    assert plan is not None
+    assert plan.layout.groups == ((7, 3), (14, 2))
+    assert plan.rows.shape == (8, 7 * 3 + 14 * 2)
+    for rows in plan.rows:
+        assert len(rows.unique()) == len(rows)
+        assert (rows[:21] < 30).all()
+        assert ((rows[21:] >= 30) & (rows[21:] < 70)).all()
+        for tokens in rows[:21].reshape(7, 3):  # whole sequences, their tokens in order
+            assert tokens[0] % 3 == 0
+            assert torch.equal(tokens, tokens[0] + torch.arange(3))
+
+
+def test_a_kept_branch_is_scaled_by_what_was_dropped_and_the_others_pass_unchanged() -> None:
+    layout = Layout(((5, 2), (4, 1)))
+    plan = draw_plan(layout, 1, 0.4, np.random.default_rng(0))
+    assert plan is not None
+    tokens, branch = torch.randn(14, 6), nn.Linear(6, 6)
+    out = add_residual(tokens, layout, lambda x, _: branch(x), plan.subset(0))
+    expected, kept = tokens.clone(), set(plan.rows[0].tolist())
+    for row in kept:
+        expected[row] += branch(tokens[row]) * (5 / 3 if row < 10 else 4 / 2)
+    torch.testing.assert_close(out, expected)
+    dropped = sorted(set(range(14)) - kept)
+    assert torch.equal(out[dropped], tokens[dropped])
+
+
+def test_on_average_over_draws_nothing_is_dropped() -> None:
+    layout, draws = Layout(((6, 2), (5, 3))), 1000
+    tokens = torch.ones(layout.total_tokens, 1)
+    rng, total = np.random.default_rng(0), torch.zeros(layout.total_tokens, 1)
+    for _ in range(draws):
+        plan = draw_plan(layout, 1, 0.4, rng)
+        assert plan is not None
+        total += add_residual(tokens, layout, lambda x, _: 3 * x, plan.subset(1)) / draws
+    torch.testing.assert_close(total, torch.full_like(total, 4.0), rtol=0.08, atol=0)
+
+
+def test_gradients_of_dropped_branches_are_scaled_as_their_values() -> None:
+    layout = Layout(((4, 2),))
+    plan = draw_plan(layout, 1, 0.5, np.random.default_rng(0))
+    assert plan is not None
+    tokens = torch.randn(8, 3, requires_grad=True)
+    add_residual(tokens, layout, lambda x, _: 5 * x, plan.subset(0)).sum().backward()
+    expected = torch.ones(8, 3)
+    expected[plan.rows[0]] += 5 * 2.0
+    assert tokens.grad is not None
+    torch.testing.assert_close(tokens.grad, expected)
+
+
+def test_without_drop_there_is_no_plan() -> None:
+    assert draw_plan(Layout(((8, 3), (4, 2))), 2, 0.0, np.random.default_rng(0)) is None
+
+
+def test_a_plan_is_a_function_of_its_generator() -> None:
+    layout = Layout(((8, 3), (6, 2)))
+    first, again, other = (draw_plan(layout, 3, 0.5, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert first is not None
+    assert again is not None
+    assert other is not None
+    assert torch.equal(first.rows, again.rows)
+    assert not torch.equal(first.rows, other.rows)
+    assert not torch.equal(first.rows[0], first.rows[1])
+
+
+def test_dropped_branches_cost_nothing() -> None:
+    model, images = tiny_backbone(), tiny_images(10)
+
+    def block_flops(drop: float) -> int:
+        tokens, layout = model.embed(images).flatten(0, 1).detach(), model.layout([(10, 16, 16)])
+        plan = draw_plan(layout, 2, drop, np.random.default_rng(0))
+        with FlopCounterMode(display=False) as counter:
+            for index, block in enumerate(model.blocks):
+                subsets = (plan.subset(2 * index), plan.subset(2 * index + 1)) if plan is not None else (None, None)
+                block(tokens.requires_grad_(), layout, *subsets).sum().backward()
+        return counter.get_total_flops()
+
+    whole = block_flops(0.0)
+    assert whole > 0
+    assert block_flops(0.4) == whole * 6 // 10
+    assert block_flops(0.3) == whole * 7 // 10
+
+
+def test_all_sequences_kept_equals_no_plan() -> None:
+    model, layout = tiny_backbone(), Layout(((3, 17),))
+    everything = DepthPlan(layout, torch.arange(51).expand(4, -1), torch.ones(51, 1))
+    with_plan, _ = model.forward_packed([tiny_images(3)], [None], everything)
+    without, _ = model.forward_packed([tiny_images(3)], [None])
+    torch.testing.assert_close(with_plan, without)
