@@ -111,7 +111,8 @@ class Checkpointer:
         """
         state = checkpoint.state()
         if state.get("format") != FORMAT:
-            raise UserError(f"{checkpoint.path} has checkpoint format {state.get('format')}; this version reads {FORMAT}")
+            found = state.get("format")
+            raise UserError(f"{checkpoint.path} has checkpoint format {found}; this version reads {FORMAT}")
         load_tensors(checkpoint.path, tensors, whole="")
         return state
 

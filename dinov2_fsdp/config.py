@@ -13,6 +13,8 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -308,10 +310,8 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: the file is missing or no YAML; a key is unknown; a value has the wrong type or is impossible.
     """
-    merged = OmegaConf.create({})
-    if path is not None:
-        merged = _read(Path(path), chain=())
-    merged = OmegaConf.merge(merged, _parse_overrides(overrides))
+    base = OmegaConf.create({}) if path is None else _read(Path(path), chain=())
+    merged = OmegaConf.merge(base, _parse_overrides(overrides))
     assert isinstance(merged, DictConfig)
     return from_dict(OmegaConf.to_container(merged))  # type: ignore[arg-type]
 
@@ -429,7 +429,7 @@ def _as_schema(schema: type) -> type:
         elif isinstance(f.default, tuple):
             kind = str(f.type).split("[")[1].split(",")[0].rstrip("]")
             element = {"float": float, "int": int, "str": str}[kind]
-            fields.append((f.name, list[element], field(default_factory=lambda d=f.default: list(d))))  # type: ignore[valid-type]
+            fields.append((f.name, list[element], field(default_factory=partial(list, f.default))))  # type: ignore[valid-type]
         else:
             kinds = {"int": int, "float": float, "str": str, "bool": bool}
             base, _, optional = str(f.type).partition(" | ")
@@ -448,7 +448,8 @@ def _instantiate(schema: type, values: dict[str, Any], prefix: str = "") -> Any:
         elif isinstance(f.default, tuple):
             value = tuple(value or ())
             if "..." not in str(f.type) and len(value) != len(f.default):
-                raise UserError(f"{prefix}{f.name} needs {len(f.default)} values like {list(f.default)}, got {list(value)}")
+                expected = f"{len(f.default)} values like {list(f.default)}"
+                raise UserError(f"{prefix}{f.name} needs {expected}, got {list(value)}")
         arguments[f.name] = value
     return schema(**arguments)
 
@@ -463,7 +464,7 @@ def _field_docs(schema: type) -> dict[str, str]:
     docs: dict[str, str] = {}
     for cls in reversed([c for c in schema.__mro__ if dataclasses.is_dataclass(c)]):
         body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
-        for statement, following in zip(body, body[1:], strict=False):
+        for statement, following in pairwise(body):
             if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
                 docs[statement.target.id] = " ".join(following.value.value.split())  # type: ignore[attr-defined,union-attr]
     return docs
@@ -536,16 +537,17 @@ def validate(config: Config) -> None:
     _require("loss.centre_momentum", c.loss.centre_momentum, 0 <= c.loss.centre_momentum < 1, "0 ≤ momentum < 1")
     for value in c.teacher.momentum:
         _require("teacher.momentum", list(c.teacher.momentum), 0 <= value <= 1, "two numbers between 0 and 1")
-    for value in c.crops.jitter_strength:
-        _require("crops.jitter_strength", list(c.crops.jitter_strength), 0 <= value <= 1, "four numbers between 0 and 1")
-    _require("crops.jitter_strength", list(c.crops.jitter_strength), c.crops.jitter_strength[3] <= 0.5, "hue ≤ 0.5")
+    strength = list(c.crops.jitter_strength)
+    _require("crops.jitter_strength", strength, all(0 <= s <= 1 for s in strength), "four numbers between 0 and 1")
+    _require("crops.jitter_strength", strength, strength[3] <= 0.5, "hue ≤ 0.5")
 
     for key in ("crops.global_size", "crops.local_size", "eval.size"):
         _require(key, value := _get(c, key), value % c.model.patch == 0, _multiples(value, c.model.patch))
     _require("eval.resize", c.eval.resize, c.eval.resize >= c.eval.size, f"at least eval.size ({c.eval.size})")
     dim, _, heads = width_depth_heads(c.model)
     _require("model.heads", heads, heads > 0 and dim % heads == 0, f"a divisor of model.dim ({dim})")
-    _require("train.batch", c.train.batch, c.train.batch % c.train.microbatch == 0, _multiples(c.train.batch, c.train.microbatch))
+    whole = c.train.batch % c.train.microbatch == 0
+    _require("train.batch", c.train.batch, whole, _multiples(c.train.batch, c.train.microbatch))
     if c.loss.koleo > 0 and c.train.microbatch < 2:
         raise UserError(
             f"train.microbatch={c.train.microbatch}: KoLeo needs at least two images to find a neighbour; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from dinov2_fsdp.config import ARCHITECTURES, Config, HeadConfig, microbatches_per_rank, width_depth_heads
 from dinov2_fsdp.duration import Duration
@@ -52,7 +53,7 @@ def count_parameters(config: Config) -> Parameters:
 
 def _head(head: HeadConfig, dim: int) -> int:
     widths = [dim, *[head.hidden] * (head.layers - 1), head.bottleneck]
-    linear = sum(a * b + b for a, b in zip(widths, widths[1:], strict=False))
+    linear = sum(a * b + b for a, b in pairwise(widths))
     norms = (head.layers - 1) * 2 * head.hidden * head.batch_norm + 2 * head.bottleneck * head.layer_norm
     return linear + norms + head.prototypes * (head.bottleneck + 1)
 
@@ -70,7 +71,7 @@ def forward_flops(config: Config, size: int, drop: float = 0.0) -> float:
 
 def _head_flops(head: HeadConfig, dim: int) -> float:
     widths = [dim, *[head.hidden] * (head.layers - 1), head.bottleneck, head.prototypes]
-    return 2.0 * sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+    return 2.0 * sum(a * b for a, b in pairwise(widths))
 
 
 def step_flops_per_image(config: Config) -> float:
@@ -124,11 +125,13 @@ def plan(config: Config, processes: int, kind: str, images: int) -> str:
         "heads": f"DINO {parameters.dino_head / 1e6:.1f} M, iBOT "
         + (f"{parameters.ibot_head / 1e6:.1f} M" if parameters.ibot_head else "shared"),
         "processes": f"{processes} on {kind}, {shards} shards × {config.parallel.replicate}",
-        "step": f"{config.train.batch} images = {processes} processes × {per_rank} microbatches × {config.train.microbatch}",
+        "step": f"{config.train.batch} images = {processes} processes × {per_rank} microbatches "
+        f"× {config.train.microbatch}",
         "length": f"{total:,} steps = {total * config.train.batch:,} images = "
         f"{total * config.train.batch / images:,.1f} passes over the data; `ep` counts {epoch:,} steps",
         "learning rate": f"{rate:.3g} after {warmup:,} steps of warm-up",
-        "operations": f"{flops / 1e9:,.1f} GFLOP per image, {flops * config.train.batch * total / 1e18:,.3g} EFLOP in all",
+        "operations": f"{flops / 1e9:,.1f} GFLOP per image, "
+        f"{flops * config.train.batch * total / 1e15:,.3g} PFLOP in all",
         "states per process": ", ".join(f"{name} {size / shards / GIB:.2f} GiB" for name, size in states.items())
         + f"; {sum(states.values()) / shards / GIB:.2f} GiB, activations and logits not counted",
     }

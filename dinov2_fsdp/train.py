@@ -186,20 +186,21 @@ def _train(config: Config, world: World, evaluations: Mapping[str, Evaluation], 
         monitor.message(f"resuming {run_dir} from step {start}")
     if world.rank == 0:
         (run_dir / "config.yaml").write_text(to_yaml(config))
-        write_environment(run_dir, world.size, world.device, {"attention": student.backbone.blocks[0].attn.backend})
+        backend = resolve_backend(config.parallel.attention, world.device)
+        write_environment(run_dir, world.size, world.device, {"attention": backend})
         parameters = sum(p.numel() for p in student.backbone.parameters())
         monitor.message(
             f"{world.size} process(es) on {world.device.type}, {torch.get_num_threads()} thread(s) each, "
-            f"attention {student.backbone.blocks[0].attn.backend}, {config.train.precision}; backbone "
+            f"attention {backend}, {config.train.precision}; backbone "
             f"{parameters / 1e6:.1f} M parameters; {len(source):,} images, {length.total:,} steps of "
             f"{config.train.batch}, {length.epoch} steps an epoch"
         )
 
     # -- update step --------------------------------------------------------------------------------------------------
-    parts = {
-        part: [p for group in groups if group["part"] == part or config.optim.clip_scope == "all" for p in group["params"]]
-        for part in (["all"] if config.optim.clip_scope == "all" else dict.fromkeys(g["part"] for g in groups))
-    }
+    parts: dict[str, list[Tensor]] = {}
+    for group in groups:
+        part = "all" if config.optim.clip_scope == "all" else group["part"]
+        parts.setdefault(part, []).extend(group["params"])
 
     def update(step: int) -> None:
         values = schedule(step)
@@ -208,7 +209,7 @@ def _train(config: Config, world: World, evaluations: Mapping[str, Evaluation], 
             batches = [next(loader).to(world.device) for _ in range(per_rank)]
         targets = method.targets(batches, values.teacher_temperature)
         for number, batch in enumerate(batches):
-            student.set_requires_gradient_sync(number == per_rank - 1)
+            student.set_requires_gradient_sync(number == per_rank - 1)  # type: ignore[operator]
             with monitor.phase("teacher"):
                 target = next(targets)
             with monitor.phase("student"):
@@ -218,13 +219,13 @@ def _train(config: Config, world: World, evaluations: Mapping[str, Evaluation], 
             monitor.record(step + 1, meters)
             _count_bad_images(batch.bad)
         with monitor.phase("optimizer"):
-            grads = {part: [p.grad for p in parameters] for part, parameters in parts.items()}
-            scaler.unscale_(grads)  # type: ignore[arg-type]
-            norms = gradient_norms(grads)  # type: ignore[arg-type]
+            grads = {part: [p.grad for p in parameters if p.grad is not None] for part, parameters in parts.items()}
+            scaler.unscale_(grads)
+            norms = gradient_norms(grads)
             # One rank's NaN makes these norms NaN on all, so all skip the same step, without asking each other.
             skip = 1.0 - torch.stack(list(norms.values())).isfinite().all().float()
             if config.optim.clip > 0:
-                clip_(grads, norms, config.optim.clip)  # type: ignore[arg-type]
+                clip_(grads, norms, config.optim.clip)
             optimizer.found_inf, optimizer.grad_scale = skip, None  # type: ignore[attr-defined]
             optimizer.step()
             optimizer.zero_grad()
@@ -267,7 +268,7 @@ def _train(config: Config, world: World, evaluations: Mapping[str, Evaluation], 
 
     def evaluate(step: int) -> None:
         with monitor.phase("evaluation"):
-            results = {}
+            results: dict[str, float] = {}
             for task in config.eval.tasks:
                 found = evaluations[task](teacher.features, config, world.rank, world.size, world.device)
                 results |= {f"eval/{name}": value for name, value in found.items()}
@@ -284,8 +285,8 @@ def _train(config: Config, world: World, evaluations: Mapping[str, Evaluation], 
             update(step)
             done = step + 1
             if due(done, length.log, length.total):
-                power = {"param_norm": _norm(ema.student), "bad_images": float(len(bad_images) * world.size)}
-                monitor.record(done, power)
+                # The sum over ranks: a flush takes the mean.
+                monitor.record(done, {"param_norm": _norm(ema.student), "bad_images": len(bad_images) * world.size})
                 monitor.flush(done)
                 if skipped_in_a_row.item() > config.train.max_nonfinite:
                     raise NonFiniteRun(

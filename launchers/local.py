@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -32,6 +33,9 @@ from dinov2_fsdp.parallel.place import (
     started_by_launcher,
     visible_gpus,
 )
+
+if TYPE_CHECKING:
+    from dinov2_fsdp.config import Config
 
 GRACE = 10.0
 """Seconds that the other ranks get to end by themselves after one has failed."""
@@ -99,7 +103,7 @@ def _print_keys() -> int:
     return 0
 
 
-def _check_data(config) -> int:  # type: ignore[no-untyped-def]
+def _check_data(config: Config) -> int:
     from dinov2_fsdp.data.sources import open_source
     from dinov2_fsdp.duration import Duration
 
@@ -118,7 +122,7 @@ def _check_data(config) -> int:  # type: ignore[no-untyped-def]
     return images
 
 
-def _check_run_directory(config, overwrite: bool) -> None:  # type: ignore[no-untyped-def]
+def _check_run_directory(config: Config, overwrite: bool) -> None:
     """Refuse a directory with something else in it; a directory with this very run is one to resume."""
     from dinov2_fsdp.config import load
 
@@ -144,14 +148,14 @@ def _check_run_directory(config, overwrite: bool) -> None:  # type: ignore[no-un
         raise UserError(f"output_dir={directory} cannot be written: {error.strerror}") from None
 
 
-def _differences(old, new) -> list[str]:  # type: ignore[no-untyped-def]
+def _differences(old: Config, new: Config) -> list[str]:
     """Return the keys in which two configs describe different runs; where and how fast it runs may change."""
     from dinov2_fsdp.config import describe_keys
 
     free = ("output_dir", "parallel.", "data.workers", "data.prefetch", "data.cache", "log.", "checkpoint.", "eval.")
     keys = [key for key, *_ in describe_keys() if not key.startswith(free)]
 
-    def value(config, key: str):  # type: ignore[no-untyped-def]
+    def value(config: Any, key: str) -> Any:
         for part in key.split("."):
             config = getattr(config, part)
         return config
@@ -159,7 +163,7 @@ def _differences(old, new) -> list[str]:  # type: ignore[no-untyped-def]
     return [f"{key} ({value(old, key)} there)" for key in keys if value(old, key) != value(new, key)]
 
 
-def _work(config) -> int:  # type: ignore[no-untyped-def]
+def _work(config: Config) -> int:
     """Be one process of the run."""
     from dinov2_fsdp.train import train
     from eval.online import ONLINE

@@ -164,7 +164,7 @@ def test_microbatches_that_processes_cannot_share_are_refused() -> None:
 def test_more_processes_than_gpus_are_refused() -> None:
     with pytest.raises(UserError, match="4 processes need 4 GPUs, but this machine shows 2; use --nproc 2"):
         check_devices("auto", 4, 2)
-    with pytest.raises(UserError, match="1 processes need 1 GPUs, but this machine shows 0; use parallel.device=cpu"):
+    with pytest.raises(UserError, match=r"1 processes need 1 GPUs, but this machine shows 0; use parallel.device=cpu"):
         check_devices("cuda", 1, 0)
     assert [check_devices("auto", 2, 2), check_devices("auto", 4, 0), check_devices("cpu", 4, 2)] == [
         "cuda",

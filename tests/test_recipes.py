@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 
-from dinov2_fsdp.config import load
+from dinov2_fsdp.config import Config, load
 from dinov2_fsdp.planner import count_parameters, plan
 from dinov2_fsdp.ssl.network import Network
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
+
+
+@functools.cache
+def read(recipe: Path) -> Config:
+    return load(ROOT / recipe)
 
 
 def head_comment(recipe: Path) -> str:
@@ -36,7 +42,7 @@ def test_a_recipe_is_headed_by_its_command_hardware_and_expectation(recipe: Path
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_a_recipe_builds_a_network_of_the_planned_size(recipe: Path) -> None:
-    config = load(ROOT / recipe)
+    config = read(recipe)
     with torch.device("meta"):
         network = Network(config)
     parameters = count_parameters(config)
@@ -47,21 +53,21 @@ def test_a_recipe_builds_a_network_of_the_planned_size(recipe: Path) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_a_recipe_can_be_planned(recipe: Path) -> None:
-    config = load(ROOT / recipe)
+    config = read(recipe)
     processes = config.train.batch // config.train.microbatch
     text = plan(config, processes, "cuda", 1_281_167)
     assert config.output_dir in text
     assert f"{processes} processes × 1 microbatches × {config.train.microbatch}" in text
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=str)
-def test_a_recipe_has_a_run_directory_of_its_own(recipe: Path) -> None:
-    others = [load(ROOT / other).output_dir for other in RECIPES if other != recipe]
-    assert load(ROOT / recipe).output_dir not in others
+def test_every_recipe_has_a_run_directory_of_its_own() -> None:
+    directories = [read(recipe).output_dir for recipe in RECIPES]
+    assert sorted(set(directories)) == sorted(directories)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "millions"), [("vits14", 22), ("vitb14", 86), ("vitl14", 304), ("vitl16_in1k", 303), ("vitg14", 1136)]
+    ("recipe", "millions"), [("vits14", 22), ("vitb14", 86), ("vitl14", 303), ("vitl16_in1k", 303), ("vitg14", 1135)]
 )
 def test_a_published_backbone_has_its_published_size(recipe: str, millions: int) -> None:
-    assert count_parameters(load(ROOT / f"configs/{recipe}.yaml")).backbone / 1e6 == pytest.approx(millions, abs=1)
+    """With position embeddings for 224 pixels; the released files, for 518, hold up to 1.7 million more."""
+    assert count_parameters(read(Path(f"configs/{recipe}.yaml"))).backbone / 1e6 == pytest.approx(millions, abs=1)

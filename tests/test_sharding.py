@@ -137,7 +137,7 @@ def test_recomputing_activations_recomputes_every_second_or_every_block(world: W
         student, teacher, _ = sharded_networks(config, world)
         seen: list[int] = []
         for index, block in enumerate(student.backbone.blocks):
-            block.mlp.fc1.register_forward_hook(lambda *_, index=index: seen.append(index))  # type: ignore[union-attr]
+            block.mlp.fc1.register_forward_hook(lambda *_, to=seen, index=index: to.append(index))  # type: ignore
         one_step(config, student, teacher)
         calls[mode] = [seen.count(index) for index in range(len(student.backbone.blocks))]
     assert calls == {"none": [1, 1], "selective": [2, 1], "full": [2, 2]}

@@ -97,6 +97,14 @@ def test_the_teacher_never_gets_gradients() -> None:
     assert [name for name, p in teacher.named_parameters() if p.grad is not None] == []
 
 
+def test_the_teacher_keeps_nothing_for_a_backward_pass() -> None:
+    config = tiny_config()
+    method, modes = _method(config), []
+    method.teacher.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    list(method.targets([tiny_batch(config)], 0.05))
+    assert modes == [False]
+
+
 def test_only_masked_patches_teach_the_mask_token() -> None:
     config = tiny_config()
     gradients = []

@@ -65,7 +65,10 @@ def saved_tensors(run_dir: Path, step: int | None = None) -> dict[str, Tensor]:
     """Every tensor of a run's checkpoint, whole."""
     reader = dcp.HuggingFaceStorageReader(str(find_checkpoint(run_dir, step).path))
     metadata = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(saved.size, dtype=saved.properties.dtype) for name, saved in metadata.items()}
+    tensors = {
+        name: torch.empty(saved.size, dtype=saved.properties.dtype)  # type: ignore[union-attr]
+        for name, saved in metadata.items()
+    }
     dcp.load(tensors, storage_reader=reader, no_dist=True)
     return tensors
 

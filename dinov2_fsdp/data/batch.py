@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,9 +50,9 @@ class Microbatch:
         """Return the microbatch in pinned memory; torch's loader calls this."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, function) -> Microbatch:  # type: ignore[no-untyped-def]
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Microbatch:
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: function(v) for name, v in values.items() if isinstance(v, Tensor)})
 
     def normalised_globals(self) -> Tensor:
         return normalise(self.global_crops)

@@ -142,20 +142,20 @@ def _surface(rng: np.random.Generator, label: int, item: _Object, scene: Draw, s
 # What is drawn, alike for all classes: name -> (low, high), uniform.
 _TURN = 2 * np.pi
 _OBJECT_RANGES: dict[str, tuple[float, float]] = {
-    "diameter": (0.3, 0.5),  # of the disc of the object's area, as a share of the frame
+    "diameter": (0.32, 0.5),  # of the disc of the object's area, as a share of the frame
     "place_angle": (-0.25, 0.25),  # off its even share of the turn, in shares
     "place_radius": (0.3, 0.8),  # from the middle of the frame; 1 is an edge
-    "rotation": (-0.3, 0.3),
+    "rotation": (-0.4, 0.4),
     "stretch": (-0.12, 0.12),
     "shear": (-0.12, 0.12),
     "perspective_x": (-0.12, 0.12),
     "perspective_y": (-0.12, 0.12),
-    "coat_rotation": (-0.25, 0.25),
-    "coat_frequency": (0.8, 1.2),
+    "coat_rotation": (-0.3, 0.3),
+    "coat_frequency": (0.75, 1.25),
     "coat_balance": (-0.09, 0.09),
-    "coat_softness": (0.02, 0.16),
-    "tone_dark": (0.02, 0.20),
-    "tone_step": (0.3, 0.60),
+    "coat_softness": (0.02, 0.10),
+    "tone_dark": (0.02, 0.15),
+    "tone_step": (0.35, 0.65),
     "tone_order": (0.0, 1.0),
     "ramp_first": (0.0, _TURN),
     "ramp_second": (0.0, _TURN),
@@ -183,7 +183,7 @@ _SCENE_RANGES: dict[str, tuple[float, float]] = {
     "tilt_x": (-0.12, 0.12),
     "tilt_y": (0.05, 0.3),  # the ground comes nearer towards the lower edge
 }
-_OBJECTS = (3, 5)
+_OBJECTS = (4, 5)
 _DISTORTION = 1.5  # how much farther stretch, shear and perspective can take a point of an outline
 _DISTRACTORS = 2
 _BEVEL = 0.55

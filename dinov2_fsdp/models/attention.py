@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +72,7 @@ def _attend_xformers(qkv: Tensor, layout: Layout) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _block_diagonal(layout: Layout, device: torch.device):  # type: ignore[no-untyped-def]
+def _block_diagonal(layout: Layout, device: torch.device) -> Any:
     from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
     return BlockDiagonalMask.from_seqlens(layout.lengths, device=device)
@@ -82,7 +83,7 @@ def _attend_varlen(qkv: Tensor, layout: Layout) -> Tensor:
 
     query, key, value = qkv.unbind(1)
     ends, longest = _sequence_ends(layout, qkv.device)
-    return varlen_attn(query, key, value, ends, ends, longest, longest)
+    return cast(Tensor, varlen_attn(query, key, value, ends, ends, longest, longest))
 
 
 @functools.lru_cache(maxsize=64)

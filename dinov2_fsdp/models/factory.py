@@ -22,9 +22,8 @@ def build_backbone(model: ModelConfig, image_size: int) -> VisionTransformer:
 
 def build_head(head: HeadConfig, dim: int) -> ProjectionHead:
     """Return an uninitialised projection head over features of width ``dim``."""
-    return ProjectionHead(
-        dim, head.prototypes, head.hidden, head.bottleneck, head.layers, head.batch_norm, head.layer_norm, head.fixed_gain
-    )
+    shape = (head.prototypes, head.hidden, head.bottleneck, head.layers)
+    return ProjectionHead(dim, *shape, head.batch_norm, head.layer_norm, head.fixed_gain)
 
 
 def create(name: str, registers: int = 0, image_size: int = 518, seed: int = 0) -> VisionTransformer:

@@ -37,12 +37,8 @@ class Layout:
 
     def split(self, tokens: Tensor) -> list[Tensor]:
         """Return one view ``(sequences, length, …)`` per group of a packed tensor ``(total_tokens, …)``."""
-        return [
-            tokens[start:end].unflatten(0, (sequences, length)) for start, end, sequences, length in self.spans()
-        ]
+        return [tokens[start:end].unflatten(0, (sequences, length)) for start, end, sequences, length in self.spans()]
 
     def first_rows(self, device: torch.device) -> Tensor:
         """Return the row of each sequence's first token (the class token): ``(sequences,)`` int64."""
-        return torch.cat(
-            [torch.arange(start, end, length, device=device) for start, end, _, length in self.spans()]
-        )
+        return torch.cat([torch.arange(start, end, length, device=device) for start, end, _, length in self.spans()])

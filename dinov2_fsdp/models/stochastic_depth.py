@@ -45,9 +45,7 @@ class DepthPlan:
         return Subset(self.layout, self.rows[branch], self.scale)
 
     def to(self, device: torch.device) -> DepthPlan:
-        return DepthPlan(
-            self.layout, self.rows.to(device, non_blocking=True), self.scale.to(device, non_blocking=True)
-        )
+        return DepthPlan(self.layout, self.rows.to(device, non_blocking=True), self.scale.to(device, non_blocking=True))
 
 
 def kept_sequences(sequences: int, drop: float) -> int:

@@ -41,9 +41,7 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
     if not started_by_launcher(environment):
         return Place()
     rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    return Place(
-        rank, size, int(environment.get("LOCAL_RANK", rank)), int(environment.get("LOCAL_WORLD_SIZE", size))
-    )
+    return Place(rank, size, int(environment.get("LOCAL_RANK", rank)), int(environment.get("LOCAL_WORLD_SIZE", size)))
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:

@@ -29,9 +29,7 @@ def build_mesh(config: ParallelConfig, world: World) -> DeviceMesh:
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     if world.size % config.replicate:
         valid = [n for n in range(1, world.size + 1) if world.size % n == 0]
-        raise UserError(
-            f"parallel.replicate={config.replicate} does not divide {world.size} processes; valid: {valid}"
-        )
+        raise UserError(f"parallel.replicate={config.replicate} does not divide {world.size} processes; valid: {valid}")
     shape = (config.replicate, world.size // config.replicate)
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 

@@ -77,7 +77,7 @@ def koleo_loss(cls: Tensor, images: int, across_ranks: bool = False, eps: float 
     with torch.autocast(cls.device.type, enabled=False):
         for crop in (cls[:images], cls[images : 2 * images]):
             points = F.normalize(crop.float(), dim=-1, eps=eps)
-            candidates, own = (_gather(points) if across_ranks else (points, 0))
+            candidates, own = _gather(points) if across_ranks else (points, 0)
             with torch.no_grad():
                 similarity = points @ candidates.T
                 similarity[:, own : own + images].fill_diagonal_(-2.0)

@@ -35,7 +35,9 @@ class SelfDistillation:
         if not config.ibot_head.separate:
             heads["ibot"] = config.dino_head
         self.centerings = {
-            name: build_centering(loss.centering, head.prototypes, loss.centre_momentum, loss.sinkhorn_iterations, device)
+            name: build_centering(
+                loss.centering, head.prototypes, loss.centre_momentum, loss.sinkhorn_iterations, device
+            )
             for name, head in heads.items()
         }
         if loss.ibot == 0:

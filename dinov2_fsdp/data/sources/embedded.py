@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from dinov2_fsdp.data.scenes import Scene
 
 SPLITS = ("train", "test")
+KEPT_BYTES = 2**28
+"""Rendered images that a process keeps: drawing one takes longer than everything else that is done to it."""
+
 SMALLEST_SIZE = 8
 
 
@@ -41,6 +44,7 @@ class ScenesSource(Source):
         self.spec = spec
         self.options = _parse(spec)
         self._seed = len(SPLITS) * self.options.seed + SPLITS.index(self.options.split)
+        self._rendered: dict[int, npt.NDArray[np.uint8]] = {}
 
     @property
     def classes(self) -> list[str]:
@@ -70,7 +74,12 @@ class ScenesSource(Source):
         return render(self._seed, range(len(self))[index], self.options.size)
 
     def image(self, index: int) -> Image.Image:
-        return Image.fromarray(self.scene(index).image)
+        kept = self._rendered.get(index)
+        if kept is None:
+            kept = self.scene(index).image
+            if (len(self._rendered) + 1) * kept.nbytes <= KEPT_BYTES:
+                self._rendered[index] = kept
+        return Image.fromarray(kept)
 
     def encoded(self, index: int) -> None:
         return None
