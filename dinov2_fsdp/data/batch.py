@@ -52,7 +52,8 @@ class Microbatch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Microbatch:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: function(v) for name, v in values.items() if isinstance(v, Tensor)})
+        changed: dict[str, Any] = {name: function(v) for name, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **changed)
 
     def normalised_globals(self) -> Tensor:
         return normalise(self.global_crops)

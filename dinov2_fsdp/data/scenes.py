@@ -52,7 +52,7 @@ def render(seed: int, index: int, size: int = 64) -> Scene:
     ground = (draw["distance"] / (1.0 + draw["tilt_x"] * x + draw["tilt_y"] * y)).astype(np.float32)
 
     tone = draw["tone_background"]
-    light = _mix(_paint(rng, tone, 0.7, 0.6), _background(rng, draw, x, y))
+    light = _mix(_paint(rng, tone, 0.5, 0.3), _background(rng, draw, x, y))
     depth = ground
     colours = _paint(rng, 0.3, 0.3, 0.9)
     for colour, place in zip(colours, rng.random((_DISTRACTORS, 6)).tolist(), strict=True):
@@ -165,20 +165,20 @@ _OBJECT_RANGES: dict[str, tuple[float, float]] = {
     "bulge": (0.03, 0.12),
 }
 _SCENE_RANGES: dict[str, tuple[float, float]] = {
-    "tone_background": (0.03, 0.70),
+    "tone_background": (0.15, 0.35),
     "background_kind": (0.0, 4.0),
     "background_rotation": (0.0, _TURN),
-    "background_frequency": (1.0, 4.0),
-    "background_contrast": (0.05, 0.30),
+    "background_frequency": (1.0, 3.0),
+    "background_contrast": (0.03, 0.12),
     "light_azimuth": (0.0, _TURN),
     "light_elevation": (0.55, 1.2),
-    "ambient": (0.25, 0.55),
-    "shadow": (0.2, 0.7),
+    "ambient": (0.35, 0.5),
+    "shadow": (0.3, 0.5),
     "shadow_offset": (0.06, 0.22),
     "shadow_blur": (0.04, 0.12),
-    "gain": (0.8, 1.25),
-    "vignette": (0.0, 0.25),
-    "noise": (0.004, 0.012),
+    "gain": (0.95, 1.1),
+    "vignette": (0.0, 0.1),
+    "noise": (0.005, 0.010),
     "distance": (1.5, 6.0),  # metres
     "tilt_x": (-0.12, 0.12),
     "tilt_y": (0.05, 0.3),  # the ground comes nearer towards the lower edge
