@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 60.0
+TIMEOUT = 180.0
 """Seconds after which ranks that have met count as hung."""
 STARTUP_TIMEOUT = 300.0
 """Seconds that ranks may take to meet: on a busy machine importing torch alone takes half a minute."""
