@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,9 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], whole: str) -> None:
         kinds = {"missing": missing, "unexpected": unexpected, "other shape": shapes}
         listed = [f"{kind} ({len(names)}): {', '.join(names[:8])}" for kind, names in kinds.items() if names]
         raise UserError("\n".join([f"checkpoint {path} does not fit this model", *listed]))
-    dcp.load(target, storage_reader=reader, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # reading alone is meant
+        dcp.load(target, storage_reader=reader, no_dist=not dist.is_initialized())
     for name, tensor in target.items():
         if tensor.shape != tensors[name].shape:
             tensors[name].copy_(tensor[0])

@@ -35,7 +35,7 @@ def create(name: str, registers: int = 0, image_size: int = 518, seed: int = 0) 
         UserError: the name is unknown.
     """
     valid = [f"{arch}{patch}" for arch in ARCHITECTURES for patch in (14, 16)]
-    match = re.fullmatch(r"(vit[a-z])(\d+)", name)
+    match = re.fullmatch(r"(vit[a-z])([1-9]\d*)", name)
     if match is None or match[1] not in ARCHITECTURES:
         raise UserError(f"unknown model '{name}'{nearest(name, valid)}\nvalid: {', '.join(valid)}")
     config = ModelConfig(arch=match[1], patch=int(match[2]), registers=registers)

@@ -60,9 +60,9 @@ def rules(layer_scale: float, patch_fan_in: int) -> list[tuple[str, Initialiser]
         (r"\.gamma$", layer_scale_value),
         (r"(^|\.)last_layer\.weight_g$", _ones),
         (r"(^|\.)last_layer\.weight_v$", _framework_default),
-        (r"\.bias$", _zeros),
+        (r"(^|\.)bias$", _zeros),
         (r"(^|\.)norm\d?\.weight$", _ones),
-        (r"\.mlp\.\d+\.weight$", _truncated_normal),
+        (r"(^|\.)mlp\.\d+\.weight$", _truncated_normal),
         (r"\.(qkv|proj|fc1|fc2|w12|w3)\.weight$", _truncated_normal),
     ]
 
@@ -79,7 +79,7 @@ def initialise(model: nn.Module, seed: int, layer_scale: float) -> None:
     for full_name, parameter in model.named_parameters():
         name = clean_name(full_name)  # the values must not depend on activation checkpointing
         parameter.fill_(float("nan"))
-        if parameter.ndim == 1 and re.search(r"\.mlp\.\d+\.weight$", name):
+        if parameter.ndim == 1 and re.search(r"(^|\.)mlp\.\d+\.weight$", name):
             rule: Initialiser | None = _ones  # BatchNorm inside a head's MLP
         else:
             rule = next((rule for pattern, rule in table if re.search(pattern, name)), None)

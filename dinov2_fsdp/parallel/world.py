@@ -44,7 +44,6 @@ def start_world(config: ParallelConfig, place: Place, deterministic: bool = Fals
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass over memory
     if kind == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = not deterministic
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
         rank=place.rank,
