@@ -52,18 +52,19 @@ def test_the_size_changes_the_sampling_and_not_the_scene() -> None:
         fine, coarse = render(1, index, 96), render(1, index, 32)
         assert fine.label == coarse.label
         pooled = fine.image.reshape(32, 3, 32, 3, 3).mean(axis=(1, 3))
-        assert np.abs(pooled - coarse.image).mean() < 8
+        # Coats as fine as the coarse grid differ a little; another scene differs by 37 and more.
+        assert np.abs(pooled - coarse.image).mean() < 12
         assert (fine.mask[1::3, 1::3] != coarse.mask).mean() < 0.02
         np.testing.assert_allclose(np.median(fine.depth[1::3, 1::3] / coarse.depth), 1.0, rtol=1e-3)
 
 
-def test_the_mask_holds_the_label_of_the_one_object() -> None:
+def test_the_mask_holds_the_label_of_the_objects() -> None:
     for scene in _scenes(200):
         assert set(np.unique(scene.mask)) == {0, 1 + scene.label}
         assert 0.08 < (scene.mask > 0).mean() < 0.75
 
 
-def test_the_object_is_nearer_than_the_background_around_it() -> None:
+def test_objects_are_nearer_than_the_background_around_them() -> None:
     for scene in _scenes(200):
         inside = scene.mask > 0
         assert np.isfinite(scene.depth).all()
