@@ -5,7 +5,7 @@
     python launchers/local.py --config configs/vits14.yaml --nproc 4 data.train=folder:/my/images
 
 The same command continues an interrupted run. Every key of the config can be overridden by key=value;
---keys lists them. Works under torchrun too: torchrun --nproc-per-node 4 launchers/local.py --config …
+--keys lists them. Works under torchrun too: torchrun --standalone --nproc-per-node 4 launchers/local.py --config …
 """
 
 from __future__ import annotations
