@@ -3,7 +3,7 @@
 Every scene shows a few objects of one of ten classes. A class is an outline together with a coat (a heart is
 dotted, a star is ringed), much as an animal has both. All else is drawn without looking at the class: for each
 object anew its place, size, rotation, perspective and every colour, and for the scene the light, the background,
-small plain distractors and the camera's noise. Colours therefore tell nothing and pixels next to nothing. What two
+small plain distractors and the camera's noise. Colours therefore tell nothing and pixels little. What two
 crops of a scene share, and a network can find without labels, is what its objects have in common.
 
 A scene is a pure function of ``(seed, index)``; ``size`` only sets the grid on which it is sampled.
