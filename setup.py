@@ -32,6 +32,8 @@ setup(
             "pytest",
             "pytest-timeout",  # a hung rank must fail its test, not the whole run
             "scikit-learn",  # reference of the evaluations
+            "transformers",  # independent implementation of the backbones, and reader of what is exported for it
+            "timm",  # another one
             "ruff",
             "mypy",
         ],

@@ -1,4 +1,4 @@
-"""The one kind of error that a user can mend: shown as one message, without a traceback, exit code 2."""
+"""How things end: the errors that are shown as one message, without a traceback, and the exit codes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,26 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
-USER_ERROR_EXIT_CODE = 2
+EXIT_FAILED = 1
+"""A machine, a process or the run itself failed; the log says which."""
+EXIT_USER_ERROR = 2
+"""A mistake of the user; the one message says how to mend it."""
+EXIT_INTERRUPTED = 75
+"""A signal asked the run to stop, and it has saved: the same command continues it (EX_TEMPFAIL of sysexits.h)."""
 
 
 class UserError(Exception):
     """A mistake of the user: the message names the value, what was expected, and the way out."""
+
+    silent = False
+    """Whether another process already shows this message."""
+
+
+class RunFailed(RuntimeError):
+    """A machine, a process or the run itself failed: the message names the rank and the cause."""
+
+    silent = False
+    """Whether another process already shows this message."""
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
@@ -20,16 +35,18 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     return f"; did you mean '{matches[0]}'?" if matches else ""
 
 
-def exit_with(error: UserError) -> NoReturn:
-    """Print the error on stderr and leave with exit code 2."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(USER_ERROR_EXIT_CODE)
+def show(error: UserError | RunFailed) -> int:
+    """Print the error on stderr, unless another process does, and return its exit code."""
+    if not error.silent:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_FAILED
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's ``main`` and turn a :class:`UserError` into one message and exit code 2."""
+    """Run a command's ``main``: a :class:`UserError` becomes one message and exit code 2, a :class:`RunFailed` one
+    message and exit code 1."""
     try:
         code = main()
-    except UserError as error:
-        exit_with(error)
+    except (UserError, RunFailed) as error:
+        code = show(error)
     raise SystemExit(code or 0)

@@ -102,36 +102,40 @@ def state_bytes(config: Config) -> dict[str, int]:
     return {name: total * BYTES_PER_WEIGHT[name] for name in ("student", "teacher", "gradients", optimizer)}
 
 
-def plan(config: Config, processes: int, kind: str, images: int) -> str:
+def plan(config: Config, processes: int, kind: str, images: int | None) -> str:
     """Return the plan of a run, for people.
 
     Args:
-        processes: ranks. kind: ``cpu`` or ``cuda``. images: size of the data set.
+        processes: ranks. kind: ``cpu`` or ``cuda``. images: size of the data set, None where nobody has counted.
     """
     parameters = count_parameters(config)
     per_rank = microbatches_per_rank(config, processes)
-    epoch = config.train.epoch or max(1, images // config.train.batch)
-    duration = Duration.parse(config.train.duration)
+    epoch = config.train.epoch or max(1, (images or 0) // config.train.batch)
+    known = images is not None or config.train.epoch > 0
+    duration, warming = Duration.parse(config.train.duration), Duration.parse(config.optim.warmup)
     total = duration.steps(config.train.batch, epoch, None)
-    warmup = Duration.parse(config.optim.warmup).steps(config.train.batch, epoch, total)
+    warmup = f"{warming.steps(config.train.batch, epoch, total):,} steps" if known else str(warming)
     rate = scaled_learning_rate(config.optim.lr, config.train.batch, config.optim.lr_scaling)  # type: ignore[arg-type]
     states = state_bytes(config)
     shards = max(1, processes // config.parallel.replicate)
     flops = step_flops_per_image(config)
     lines = {
         "run directory": config.output_dir,
-        "data": f"{config.data.train}: {images:,} images",
+        "data": config.data.train if images is None else f"{config.data.train}: {images:,} images",
         "backbone": f"{config.model.arch}/{config.model.patch}, {parameters.backbone / 1e6:.1f} M parameters",
         "heads": f"DINO {parameters.dino_head / 1e6:.1f} M, iBOT "
         + (f"{parameters.ibot_head / 1e6:.1f} M" if parameters.ibot_head else "shared"),
         "processes": f"{processes} on {kind}, {shards} shards × {config.parallel.replicate}",
         "step": f"{config.train.batch} images = {processes} processes × {per_rank} microbatches "
         f"× {config.train.microbatch}",
-        "length": f"{total:,} steps = {total * config.train.batch:,} images = "
-        f"{total * config.train.batch / images:,.1f} passes over the data; `ep` counts {epoch:,} steps",
-        "learning rate": f"{rate:.3g} after {warmup:,} steps of warm-up",
-        "operations": f"{flops / 1e9:,.1f} GFLOP per image, "
-        f"{flops * config.train.batch * total / 1e15:,.3g} PFLOP in all",
+        "length": f"{total:,} steps = {total * config.train.batch:,} images"
+        + (f" = {total * config.train.batch / images:,.1f} passes over the data" if images else "")
+        + f"; `ep` counts {epoch:,} steps"
+        if known
+        else f"{duration}, in steps once the data is counted",
+        "learning rate": f"{rate:.3g} after {warmup} of warm-up",
+        "operations": f"{flops / 1e9:,.1f} GFLOP per image"
+        + (f", {flops * config.train.batch * total / 1e15:,.3g} PFLOP in all" if known else ""),
         "states per process": ", ".join(f"{name} {size / shards / GIB:.2f} GiB" for name, size in states.items())
         + f"; {sum(states.values()) / shards / GIB:.2f} GiB, activations and logits not counted",
     }

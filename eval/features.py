@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
@@ -23,9 +26,14 @@ from dinov2_fsdp.data.sources import BadImage, Source
 from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.parallel.place import check_devices
 from dinov2_fsdp.rng import generator
+from eval.rows import BAD, KEPT, Rows, RowsOnDisk
 
 Features = Callable[[Tensor], dict[str, Tensor]]
 """A frozen forward: normalised images (B, 3, H, W) to the backbone's dictionary of outputs."""
+
+BLOCKS = "x_norm_blocks"
+"""Where :func:`frozen` puts the normalised tokens (B, tokens, D) of each block that it was asked for."""
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -56,20 +64,78 @@ def pixel_features(images: Tensor) -> dict[str, Tensor]:
     return {"x_norm_clstoken": images.flatten(1)}
 
 
-def frozen(model: nn.Module, size: int, device: torch.device) -> Features:
+def class_tokens_and_mean(outputs: dict[str, Tensor]) -> Tensor:
+    """Return each asked-for block's class token, lowest block first, then the last block's mean patch: (B, (n + 1)·D).
+
+    Every input of the published linear probe is a slice of this row: the last n class tokens, with or without the mean.
+    """
+    blocks = outputs.get(BLOCKS)
+    tokens = [outputs["x_norm_clstoken"]] if blocks is None else [block[:, 0] for block in blocks]
+    return torch.cat([*tokens, outputs["x_norm_patchtokens"].mean(dim=1)], dim=1)
+
+
+def patch_grid(outputs: dict[str, Tensor], rows: int, columns: int) -> Tensor:
+    """Return the patch tokens of the asked-for blocks (by default the last), concatenated: (B, n·D, rows, columns)."""
+    blocks = outputs.get(BLOCKS)
+    tokens = [outputs["x_norm_patchtokens"]] if blocks is None else [block[:, -rows * columns :] for block in blocks]
+    return torch.cat(tokens, dim=2).transpose(1, 2).unflatten(2, (rows, columns))
+
+
+def frozen(
+    model: nn.Module, size: int, device: torch.device, *, precision: str = "fp32", blocks: Sequence[int] = ()
+) -> Features:
     """Return the forward of a whole (unsharded) backbone on ``device`` for crops of ``size`` pixels.
 
+    Args:
+        size: pixels; 0 leaves the size to the caller.
+        precision: of the forward, by autocast: fp32, bf16 or fp16. What it returns is used in fp32.
+        blocks: numbers of blocks whose tokens, through the final norm, are wanted too; -1 is the last.
+
     Raises:
-        UserError: the patch does not divide the size.
+        UserError: the patch does not divide the size, or there are fewer blocks.
     """
-    patch = int(model.patch_size)  # type: ignore[arg-type]
+    patch, depth = int(model.patch_size), len(model.blocks)  # type: ignore[arg-type]
     if size % patch:
         low = max(patch, size // patch * patch)
         raise UserError(
             f"size {size} is no multiple of this backbone's patch of {patch}; use e.g. {low} or {low + patch}"
         )
+    if any(not -depth <= block < depth for block in blocks):
+        raise UserError(f"blocks {[*blocks]} are wanted, but this backbone has {depth}; valid: -{depth} … -1")
     model = model.to(device).eval()
-    return model.forward_features  # type: ignore[return-value]
+    forward: Features = model.forward_features  # type: ignore[assignment]
+    if [block % depth for block in blocks] not in ([], [depth - 1]):
+        forward = _with_blocks(model, [block % depth for block in blocks])
+    if precision == "fp32":
+        return forward
+
+    def autocast(images: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(device.type, PRECISIONS[precision]):
+            return forward(images)
+
+    return autocast
+
+
+def _with_blocks(model: nn.Module, blocks: list[int]) -> Features:
+    modules: Any = model.blocks
+
+    def forward(images: Tensor) -> dict[str, Tensor]:
+        caught: dict[int, Tensor] = {}
+        handles = [
+            modules[block].register_forward_hook(
+                lambda _module, _inputs, output, block=block: caught.__setitem__(block, output)
+            )
+            for block in set(blocks)
+        ]
+        try:
+            outputs = model.forward_features(images)  # type: ignore[operator]
+        finally:
+            for handle in handles:
+                handle.remove()
+        tokens = [model.norm(caught[block]).unflatten(0, (len(images), -1)) for block in blocks]  # type: ignore[operator]
+        return {**outputs, BLOCKS: tokens}
+
+    return forward
 
 
 def choose_device(name: str) -> torch.device:
@@ -123,8 +189,11 @@ def extract(
     world_size: int = 1,
     workers: int = 0,
     max_images: int = 0,
+    chosen: NDArray[np.int64] | None = None,
     progress: str = "",
     pick: Callable[[dict[str, Tensor]], Tensor] = class_token,
+    partial: Path | None = None,
+    key: dict[str, Any] | None = None,
 ) -> Extracted:
     """Return this rank's share of ``source``: image ``i`` of the chosen ones belongs to rank ``i`` mod ``world_size``.
 
@@ -133,41 +202,48 @@ def extract(
 
     Args:
         resize, size: pixels of the shorter side and of the central crop.
+        chosen: indices of the images, rising; by default :func:`subset` of ``max_images``.
         progress: title of a progress line on stderr, shown by rank 0 (empty: none).
-        pick: which of the outputs to keep, (B, D).
+        pick: which of the outputs to keep, (B, …).
+        partial: folder for rows that are done. They are then kept there instead of in memory, and an interrupted
+            extraction goes on from them. The caller removes it in the end.
+        key: what else, beside the images, the rows in ``partial`` depend on (the checkpoint, the picked outputs).
 
     Raises:
         UserError: the source has no labels.
     """
     if source.labels is None:
         raise UserError(f"'{source.spec}' has no labels, which an evaluation needs; use one with a folder per class")
-    chosen = subset(source, max_images)
+    chosen = subset(source, max_images) if chosen is None else chosen
     per_rank = -(-len(chosen) // world_size)
     share = np.full(per_rank, _PADDING, np.int64)
     own = chosen[rank::world_size]
     share[: len(own)] = own
+    store, done = Rows(per_rank), 0
+    if partial is not None:
+        images = {"images": source.fingerprint, "chosen": _digest(share), "resize": resize, "size": size}
+        store = RowsOnDisk(per_rank, partial / f"rank_{rank}_of_{world_size}", {**images, **(key or {})})
+        # Ranks whose forwards are collective have to go on from the same batch.
+        done = _least(store.done() // batch * batch, world_size, device)
     loader: DataLoader[Any] = DataLoader(
-        _Images(source, share, resize, size), batch_size=batch, num_workers=workers, collate_fn=_collate
+        _Images(source, share[done:], resize, size), batch_size=batch, num_workers=workers, collate_fn=_collate
     )
 
-    rows: Tensor | None = None
-    kept = np.zeros(per_rank, bool)
-    bad: list[str] = []
-    done = 0
+    lost = share[:done][store.state[:done] == BAD]
+    bad = [f"{source.name(int(index))}: cannot be read" for index in lost if index != _PADDING]
     # Not inference_mode: a sharded model would keep gathered weights that cannot take part in training any more.
-    with torch.no_grad(), _progress(progress if rank == 0 else "", per_rank) as advance:
-        for images, ok, complaints in loader:
-            tokens = pick(features(normalise(images.to(device, non_blocking=True)))).float()
-            if rows is None:
-                rows = torch.empty(per_rank, tokens.shape[1])
-            rows[done : done + len(ok)] = tokens.cpu()
-            kept[done : done + len(ok)] = ok
+    with torch.no_grad(), progress_bar(progress if rank == 0 else "", per_rank, done) as advance:
+        for pixels, ok, complaints in loader:
+            rows = pick(features(normalise(pixels.to(device, non_blocking=True)))).float()
+            store.write(done, rows.cpu(), np.where(ok, KEPT, BAD).astype(np.uint8))
             bad += complaints
             done += len(ok)
             advance(len(ok))
+    store.save()
     for complaint in bad:
         warnings.warn(f"left out of the evaluation: {complaint}", stacklevel=2)
-    rows = torch.empty(0, 0) if rows is None else rows
+    kept = store.state == KEPT
+    rows = torch.empty(0, 0) if store.rows is None else store.rows
     indices = share[kept]
     return Extracted(
         features=rows if kept.all() else rows[torch.from_numpy(kept)],
@@ -175,6 +251,73 @@ def extract(
         indices=torch.from_numpy(indices),
         bad=bad,
     )
+
+
+def gather_rows(rows: Tensor, world_size: int, device: torch.device) -> Tensor:
+    """Return the rows of all ranks, rank after rank, on the CPU; ranks may hold different numbers of them."""
+    if world_size == 1:
+        return rows
+    counts = torch.zeros(world_size, dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(counts, torch.tensor([len(rows)], device=device))
+    widest = int(counts.max())
+    mine = torch.zeros(widest, *rows.shape[1:], dtype=rows.dtype, device=device)
+    mine[: len(rows)] = rows.to(device)
+    everyone = mine.new_empty(world_size * widest, *rows.shape[1:])
+    dist.all_gather_into_tensor(everyone, mine)
+    parts = everyone.cpu().split(widest) if widest else [rows.cpu()] * world_size
+    return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
+
+
+def in_order(extracted: Extracted, world_size: int, device: torch.device) -> Extracted:
+    """Return all ranks' rows in the order of the images, the same on every rank."""
+    indices = gather_rows(extracted.indices, world_size, device)
+    order = indices.argsort()
+    return Extracted(
+        gather_rows(extracted.features, world_size, device)[order] if world_size > 1 else extracted.features,
+        gather_rows(extracted.labels, world_size, device)[order],
+        indices[order],
+        extracted.bad,
+    )
+
+
+def reduce_over_ranks(values: Tensor, world_size: int, device: torch.device, how: dist.ReduceOp.RedOpType) -> Tensor:
+    """Return ``values`` reduced over all ranks, on the CPU."""
+    if world_size == 1:
+        return values
+    moved = values.to(device)
+    dist.all_reduce(moved, op=how)
+    return moved.cpu()
+
+
+class NotFinite(UserError):
+    """Features that are no finite numbers: the run diverged."""
+
+
+def not_finite(extracted: Extracted) -> int:
+    """Return how many rows hold a number that is not finite."""
+    return int((~torch.isfinite(extracted.features).all(dim=1)).sum()) if len(extracted.features) else 0
+
+
+def check_finite(parts: Sequence[Extracted], world_size: int, device: torch.device) -> None:
+    """Refuse features of any rank that are not finite. Raises :class:`NotFinite` on all ranks."""
+    counts = torch.tensor([sum(map(not_finite, parts)), sum(len(part.features) for part in parts)])
+    broken, total = reduce_over_ranks(counts, world_size, device, dist.ReduceOp.SUM).tolist()
+    if broken:
+        raise NotFinite(
+            f"the features of {broken} of {total} images are not finite: the run diverged; use an earlier --step"
+        )
+
+
+def _least(number: int, world_size: int, device: torch.device) -> int:
+    if world_size == 1:
+        return number
+    least = torch.tensor(number, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least)
+
+
+def _digest(indices: NDArray[np.int64]) -> str:
+    return hashlib.blake2b(indices.tobytes(), digest_size=12).hexdigest()
 
 
 class _Images(Dataset[Any]):
@@ -201,8 +344,11 @@ def _collate(samples: list[tuple[NDArray[np.uint8], bool, str]]) -> tuple[Tensor
 
 
 @contextmanager
-def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that adds to the count: a bar on a terminal, otherwise a line every ten seconds."""
+def progress_bar(title: str, total: int, done: int = 0, unit: str = "images") -> Iterator[Callable[[int], None]]:
+    """Yield a function that adds to the count: a bar on a terminal, otherwise a line every ten seconds.
+
+    Nothing is shown without a title. ``done``: how much of the total was there before.
+    """
     if not title:
         yield lambda count: None
         return
@@ -210,18 +356,19 @@ def _progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     if console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as bars:
-            task = bars.add_task(title, total=total)
+            task = bars.add_task(title, total=total, completed=done)
             yield lambda count: bars.advance(task, count)
         return
     start = last = time.monotonic()
-    done = 0
+    reached = done
 
     def advance(count: int) -> None:
-        nonlocal done, last
-        done += count
+        nonlocal reached, last
+        reached += count
         now = time.monotonic()
         if now - last >= _SECONDS_BETWEEN_LINES:
             last = now
-            print(f"{title}: {done}/{total} ({done / (now - start):.0f} images/s)", file=sys.stderr, flush=True)
+            speed = (reached - done) / (now - start)
+            print(f"{title}: {reached}/{total} ({speed:.3g} {unit}/s)", file=sys.stderr, flush=True)
 
     yield advance

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,16 +15,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dinov2_fsdp.config import Config, EvalConfig
-from dinov2_fsdp.data.sources import Source, open_source
+from dinov2_fsdp.data.sources import Source
 from dinov2_fsdp.errors import UserError, run_cli
-from dinov2_fsdp.weights import load_backbone, untrained_backbone
-from eval.features import Extracted, Features, choose_device, extract, frozen, pixel_features
-from eval.neighbours import knn_accuracy, reduce_over_ranks
-from eval.results import record, run_of
+from dinov2_fsdp.rng import generator
+from eval import command
+from eval.classes import check_sources
+from eval.features import Extracted, Features, check_finite, extract, not_finite, reduce_over_ranks
+from eval.neighbours import knn_accuracy, labels_by_index
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From images to accuracy.
@@ -33,15 +35,28 @@ from eval.results import record, run_of
 
 @dataclass
 class Settings:
-    """How images become features and features become votes; sizes in pixels, ``max_…`` in images (0: all)."""
+    """How images become features and features become votes."""
 
-    resize: int
-    size: int
-    batch: int
-    k: tuple[int, ...]
-    temperature: float
-    max_train: int
-    max_test: int
+    resize: int = 256
+    """Shorter side before the central crop, pixels."""
+    size: int = 224
+    """Central crop, pixels; a multiple of the patch."""
+    batch: int = 64
+    """Images that go through the backbone at once."""
+    k: tuple[int, ...] = (1, 10, 20, 100, 200)
+    """Neighbours that vote, e.g. 1 10 20."""
+    temperature: float = 0.07
+    """Temperature of the votes."""
+    max_train: int = 0
+    """Use only this many images of the bank; 0: all."""
+    max_test: int = 0
+    """Use only this many test images; 0: all."""
+    per_class: tuple[int, ...] = ()
+    """Few-shot: also with banks of only so many images of each class, e.g. 1 5 10."""
+    tries: int = 5
+    """How many banks are drawn for each few-shot number; their mean is reported."""
+    seed: int = 0
+    """Seed of the few-shot banks."""
 
     @classmethod
     def of(cls, config: EvalConfig) -> Settings:
@@ -50,44 +65,13 @@ class Settings:
         return cls(c.resize, c.size, c.batch, tuple(c.k), c.temperature, c.max_train, c.max_test)
 
 
-def check_sources(train: Source, test: Source) -> None:
-    """Refuse data that cannot be compared.
-
-    Raises:
-        UserError: a source has no labels, or the two do not hold the same classes.
-    """
-    for source in (train, test):
-        if source.labels is None:
-            raise UserError(
-                f"'{source.spec}' has no labels, which k-NN needs; use e.g. folder:PATH with a folder per class"
-            )
-    if train.classes is None or test.classes is None or list(train.classes) == list(test.classes):
-        return
-    only_train = sorted(set(train.classes) - set(test.classes))
-    only_test = sorted(set(test.classes) - set(train.classes))
-    lines = [f"the classes of '{train.spec}' and '{test.spec}' differ"]
-    lines += [f"only in the first: {_some(only_train)}"] if only_train else []
-    lines += [f"only in the second: {_some(only_test)}"] if only_test else []
-    if not only_train and not only_test:
-        lines.append("they hold the same classes in different order; list them in one order")
-    raise UserError("\n".join([*lines, "use two splits of one data set"]))
-
-
 def open_both(config: Config | None, train: str | None = None, test: str | None = None) -> tuple[Source, Source]:
     """Return the sources of the memory bank and of the test images: as given, or else as the config says.
 
     Raises:
         UserError: one is given nowhere, cannot be opened, has no labels, or has other classes than the other.
     """
-    if config is not None:
-        train, test = train or config.eval.train or config.data.train, test or config.eval.test
-    for value, name in ((train, "train"), (test, "test")):
-        if value is None:
-            raise UserError(f"k-NN needs labelled images; give --{name} SPEC or set eval.{name}=SPEC, e.g. folder:PATH")
-    assert train is not None
-    assert test is not None
-    cache = config.data.cache if config else None
-    sources = open_source(train, cache), open_source(test, cache)
+    sources = command.open_both(config, train, test, "k-NN")
     check_sources(*sources)
     return sources
 
@@ -103,8 +87,13 @@ def features_of_both(
     world_size: int = 1,
     workers: int = 0,
     progress: bool = False,
+    partial: tuple[Path | None, Path | None] = (None, None),
+    key: dict[str, Any] | None = None,
 ) -> tuple[Extracted, Extracted]:
-    """Return this rank's share of the features of the memory bank and of the test images."""
+    """Return this rank's share of the features of the memory bank and of the test images.
+
+    ``partial`` and ``key``: see :func:`eval.features.extract`.
+    """
     bank, queries = (
         extract(
             features,
@@ -118,10 +107,12 @@ def features_of_both(
             workers=workers,
             max_images=limit,
             progress=title if progress else "",
+            partial=folder,
+            key=key,
         )
-        for source, limit, title in (
-            (train, settings.max_train, "memory bank"),
-            (test, settings.max_test, "test images"),
+        for source, limit, title, folder in (
+            (train, settings.max_train, "memory bank", partial[0]),
+            (test, settings.max_test, "test images", partial[1]),
         )
     )
     return bank, queries
@@ -142,7 +133,7 @@ def online_knn(
     bank, queries = features_of_both(
         features, train, test, settings, device, rank=rank, world_size=world_size, workers=config.data.workers
     )
-    counts = torch.tensor([len(bank.features), _not_finite(bank) + _not_finite(queries)])
+    counts = torch.tensor([len(bank.features), not_finite(bank) + not_finite(queries)])
     size, broken = reduce_over_ranks(counts, world_size, device, dist.ReduceOp.SUM).tolist()
     if broken:
         return {f"knn_{k}": float("nan") for k in settings.k}
@@ -166,93 +157,138 @@ def online_knn(
     return {f"knn_{k}": percent for k, percent in accuracy.items()}
 
 
-def _not_finite(extracted: Extracted) -> int:
-    return int((~torch.isfinite(extracted.features).all(dim=1)).sum()) if len(extracted.features) else 0
+def few_shot(
+    bank: Extracted,
+    queries: Extracted,
+    settings: Settings,
+    world_size: int = 1,
+    device: torch.device | None = None,
+) -> dict[str, float]:
+    """Return ``{"knn_20_5_per_class": percent, …}``: means over the tries, and ``…_std``, for each few-shot number.
+
+    Each try draws so many images of each class; a k above the number of images drawn is left out. All ranks call this,
+    each with its share, and get the same answer.
+    """
+    device = device or queries.features.device
+    labels = labels_by_index(bank.indices, bank.labels, world_size, device)
+    found: dict[str, float] = {}
+    for number in settings.per_class:
+        accuracies: dict[int, list[float]] = {}
+        for attempt in range(settings.tries):
+            chosen = draw_per_class(labels, number, settings.seed, attempt)
+            own = torch.from_numpy(np.isin(bank.indices.numpy(), chosen))
+            accuracy = knn_accuracy(
+                bank.features[own],
+                bank.labels[own],
+                queries.features,
+                queries.labels,
+                [k for k in settings.k if k <= len(chosen)],
+                settings.temperature,
+                bank_indices=bank.indices[own],
+                world_size=world_size,
+                device=device,
+            )
+            for k, percent in accuracy.items():
+                accuracies.setdefault(k, []).append(percent)
+        for k, percents in accuracies.items():
+            found[f"knn_{k}_{number}_per_class"] = float(np.mean(percents))
+            found[f"knn_{k}_{number}_per_class_std"] = float(np.std(percents))
+    return found
 
 
-def _some(names: list[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (f", … ({len(names)} in all)" if len(names) > limit else "")
+def draw_per_class(labels: np.ndarray, number: int, seed: int, attempt: int) -> np.ndarray:
+    """Return the rising indices of ``number`` images of each class; ``labels`` (n,) holds −1 where there is no image.
+
+    Raises:
+        UserError: a class has fewer images.
+    """
+    classes, counts = np.unique(labels[labels >= 0], return_counts=True)
+    if counts.min() < number:
+        few = int(classes[counts.argmin()])
+        raise UserError(
+            f"--per-class {number} is more than the {counts.min()} images of class {few}; use at most {counts.min()}"
+        )
+    order = generator(seed, "few-shot", number, attempt).permutation(len(labels))
+    chosen = [order[labels[order] == label][:number] for label in classes]
+    return np.sort(np.concatenate(chosen))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command.
 
 
-def measure(
-    features: Features,
-    train: Source,
-    test: Source,
-    settings: Settings,
-    device: torch.device,
-    *,
-    workers: int = 0,
-    progress: bool = True,
-) -> tuple[dict[str, float], dict[str, int]]:
-    """Return ({"knn_1": percent, …}, counts_of them) in this one process.
-
-    Raises:
-        UserError: features are not finite, or a k is larger than the bank.
-    """
-    bank_size = min(settings.max_train or len(train), len(train))
-    if max(settings.k) > bank_size:
-        raise UserError(
-            f"k={max(settings.k)} is larger than the memory bank of {bank_size} images; use --k of at most {bank_size}"
-        )
-    bank, queries = features_of_both(features, train, test, settings, device, workers=workers, progress=progress)
-    broken = _not_finite(bank) + _not_finite(queries)
-    if broken:
-        total = len(bank.features) + len(queries.features)
-        raise UserError(
-            f"the features of {broken} of {total} images are not finite: the run diverged; use an earlier --step"
-        )
-    accuracy = knn_accuracy(
-        bank.features, bank.labels, queries.features, queries.labels, settings.k, settings.temperature, device=device
-    )
-    return {f"knn_{k}": percent for k, percent in accuracy.items()}, counts_of(bank, queries)
-
-
 def run(arguments: argparse.Namespace) -> Path | None:
     """Evaluate as the command line says, print a table and return the file of the results (None: nowhere to write)."""
-    started = time.monotonic()
-    if arguments.weights is None and not (arguments.pixels and arguments.train and arguments.test):
-        raise UserError(
-            "--weights PATH is needed: a run, a checkpoint or an exported file\n"
-            "(only --pixels with --train and --test goes without)"
+    with command.open_subject(arguments) as subject:
+        settings = command.read_settings(arguments, Settings(), subject.config)
+        command.check_sizes(settings)
+        command.require_positive(
+            settings, "k", "temperature", "per_class", "tries", zero=("max_train", "max_test", "seed")
         )
-    loaded = None if arguments.weights is None else load_backbone(arguments.weights, step=arguments.step)
-    config = None if loaded is None else loaded.config
-    device = choose_device(arguments.device)
-    settings = Settings.of(config.eval if config else EvalConfig())
-    for name in asdict(settings):
-        if (value := getattr(arguments, name)) is not None:
-            setattr(settings, name, tuple(value) if name == "k" else value)
-    _check_settings(settings)
+        features = subject.features(settings.size)
+        train, test = open_both(subject.config, arguments.train, arguments.test)
+        bank_size = min(settings.max_train or len(train), len(train))
+        if max(settings.k) > bank_size:
+            raise UserError(
+                f"k={max(settings.k)} is larger than the memory bank of {bank_size} images; "
+                f"use --k of at most {bank_size}"
+            )
+        _check_few_shot(settings, train)
+        evaluation = command.Evaluation(
+            subject, "knn", settings, {"train": train.spec, "test": test.spec}, arguments.output
+        )
+        rank, size, device = subject.world.rank, subject.world.size, subject.world.device
+        bank, queries = features_of_both(
+            features,
+            train,
+            test,
+            settings,
+            device,
+            rank=rank,
+            world_size=size,
+            workers=arguments.workers,
+            progress=True,
+            partial=(evaluation.partial("train"), evaluation.partial("test")),
+            key=subject.key(features="class token"),
+        )
+        check_finite((bank, queries), size, device)
+        accuracy = knn_accuracy(
+            bank.features,
+            bank.labels,
+            queries.features,
+            queries.labels,
+            settings.k,
+            settings.temperature,
+            bank_indices=bank.indices,
+            world_size=size,
+            device=device,
+        )
+        metrics = {f"knn_{k}": percent for k, percent in accuracy.items()}
+        counts = _sum_counts(counts_of(bank, queries), size, device)
+        if rank == 0:
+            _print_table(
+                metrics, f"k-NN of {subject.backbone}" + (f", step {subject.step}" if subject.step else ""), counts
+            )
+        shots = few_shot(bank, queries, settings, size, device)
+        if rank == 0:
+            for name, percent in shots.items():
+                if not name.endswith("_std"):
+                    print(f"{name.removeprefix('knn_'):>22}   {percent:7.2f} ± {shots[f'{name}_std']:.2f}")
+        return evaluation.finish(
+            headline(metrics), {**metrics, **shots}, data=counts, features=_FEATURES[subject.backbone]
+        )
 
-    backbone, step = "teacher", loaded.step if loaded else None
-    if arguments.pixels:
-        features: Features = pixel_features
-        backbone, step = "pixels", 0
-    else:
-        assert loaded is not None
-        model = loaded.model
-        if arguments.untrained:
-            if config is None:
-                raise UserError(
-                    f"--untrained needs a run's config, which {arguments.weights} does not hold; give a run directory"
-                )
-            model, backbone, step = untrained_backbone(config), "untrained", 0
-        features = frozen(model, settings.size, device)
 
-    train, test = open_both(config, arguments.train, arguments.test)
-    metrics, counts = measure(features, train, test, settings, device, workers=arguments.workers)
+def _check_few_shot(settings: Settings, train: Source) -> None:
+    if settings.per_class and not settings.max_train:
+        assert train.labels is not None
+        for number in settings.per_class:
+            draw_per_class(train.labels, number, settings.seed, 0)
 
-    _print_table(metrics, f"k-NN of {backbone}" + (f", step {step}" if step else ""), counts)
-    results = describe(backbone, settings, device, metrics, train, test, counts, time.monotonic() - started)
-    results |= {"checkpoint": loaded.source if loaded and backbone == "teacher" else None, "step": step}
-    run_folder = run_of(Path(arguments.weights)) if arguments.weights else None
-    return record(
-        results, "knn" if backbone == "teacher" else f"knn_{backbone}", headline(metrics), run_folder, arguments.output
-    )
+
+def _sum_counts(counts: dict[str, int], world_size: int, device: torch.device) -> dict[str, int]:
+    total: Tensor = reduce_over_ranks(torch.tensor([*counts.values()]), world_size, device, dist.ReduceOp.SUM)
+    return dict(zip(counts, total.tolist(), strict=True))
 
 
 def describe(
@@ -297,16 +333,6 @@ _FEATURES = {
 }
 
 
-def _check_settings(settings: Settings) -> None:
-    for name in ("resize", "size", "batch", "temperature"):
-        if getattr(settings, name) <= 0:
-            raise UserError(f"--{name} {getattr(settings, name)} is impossible; valid: a number above 0")
-    if settings.resize < settings.size:
-        raise UserError(f"--resize {settings.resize} is smaller than --size {settings.size}; valid: at least the size")
-    if min(settings.k) < 1:
-        raise UserError(f"--k {min(settings.k)} is impossible; valid: numbers of neighbours from 1 on")
-
-
 def _print_table(metrics: dict[str, float], title: str, counts: dict[str, int]) -> None:
     bad = f", {counts['bad_images']} unreadable left out" if counts["bad_images"] else ""
     print(f"{title} ({counts['bank_images']} images in the bank, {counts['test_images']} test images{bad})")
@@ -316,29 +342,15 @@ def _print_table(metrics: dict[str, float], title: str, counts: dict[str, int]) 
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="eval/knn.py",
-        description="Weighted k-nearest-neighbour classification on frozen features, as in DINO and DINOv2.",
-        epilog="Data, sizes and k default to the run's config (eval.train or data.train, eval.test, eval.size, …).",
+    parser = command.build_parser(
+        "eval/knn.py",
+        "Weighted k-nearest-neighbour classification on frozen features, as in DINO and DINOv2.",
+        Settings,
+        pixels=True,
     )
-    add = parser.add_argument
-    add("--weights", metavar="PATH", help="a run directory, one of its checkpoints, or an exported file")
-    add("--step", type=int, help="which checkpoint of the run; by default the newest")
-    add("--train", metavar="SPEC", help="labelled images of the memory bank, e.g. folder:PATH")
-    add("--test", metavar="SPEC", help="labelled images to classify")
-    add("--resize", type=int, help="shorter side before the central crop, pixels")
-    add("--size", type=int, help="central crop, pixels; a multiple of the patch")
-    add("--batch", type=int, help="images that go through the backbone at once")
-    add("--k", type=int, nargs="+", help="neighbours that vote, e.g. 1 10 20")
-    add("--temperature", type=float, help="temperature of the votes")
-    add("--max-train", type=int, help="use only this many images of the bank; 0: all")
-    add("--max-test", type=int, help="use only this many test images; 0: all")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute (default: auto)")
-    add("--workers", type=int, default=0, help="processes that decode images (default: 0, in this one)")
-    add("--output", metavar="DIR", help="where to write results.json; by default RUN/eval/step_…/knn")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--pixels", action="store_true", help="classify by raw pixels instead: the baseline to beat")
-    which.add_argument("--untrained", action="store_true", help="classify by the run's backbone before its first step")
+    command.add_data(
+        parser, "labelled images of the memory bank, e.g. folder:PATH", "labelled images to classify, e.g. folder:PATH"
+    )
     return parser
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from dinov2_fsdp.errors import UserError
+from eval.features import reduce_over_ranks
 
 _QUERIES_AT_ONCE = 1024
 _BANK_AT_ONCE = 8192
@@ -52,7 +53,7 @@ def knn_accuracy(
     """
     device = device or queries.device
     indices = torch.arange(len(bank)) if bank_indices is None else bank_indices.cpu()
-    labels = _labels_by_index(indices, bank_labels, world_size, device)
+    labels = labels_by_index(indices, bank_labels, world_size, device)
     size = int((labels >= 0).sum())
     ks = sorted(set(ks))
     if not ks or ks[0] < 1:
@@ -141,16 +142,9 @@ def _votes(
     return winners
 
 
-def _labels_by_index(indices: Tensor, labels: Tensor, world_size: int, device: torch.device) -> NDArray[np.int64]:
+def labels_by_index(indices: Tensor, labels: Tensor, world_size: int, device: torch.device) -> NDArray[np.int64]:
+    """Return the labels of all ranks' images by their indices, −1 where no rank has one."""
     last = reduce_over_ranks(indices.max() if len(indices) else torch.tensor(-1), world_size, device, dist.ReduceOp.MAX)
     table = torch.full((int(last) + 1,), -1)
     table[indices] = labels.cpu()
     return reduce_over_ranks(table, world_size, device, dist.ReduceOp.MAX).numpy()
-
-
-def reduce_over_ranks(values: Tensor, world_size: int, device: torch.device, how: dist.ReduceOp.RedOpType) -> Tensor:
-    if world_size == 1:
-        return values
-    moved = values.to(device)
-    dist.all_reduce(moved, op=how)
-    return moved.cpu()

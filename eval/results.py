@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import csv
+import fcntl
+import hashlib
 import io
 import json
+import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 COLUMNS = ("date", "step", "task", "backbone", "metric", "value", "train", "test", "results")
+KEY = ("step", "task", "backbone", "metric", "train", "test")
+"""Columns that make a line of the leaderboard the same evaluation as another one, which it then replaces."""
+PARTIAL = "features.partial"
+"""Folder, beside a task's results, of features that an interrupted evaluation goes on from."""
 
 
 def run_of(path: Path) -> Path | None:
@@ -22,33 +31,79 @@ def run_of(path: Path) -> Path | None:
     return None
 
 
-def task_folder(run: Path, step: int, task: str) -> Path:
-    """Return where the results of ``task`` on the checkpoint of ``step`` belong."""
-    return run / "eval" / f"step_{step:08d}" / task
+def task_folder(run: Path, step: int, task: str, data: dict[str, Any] | None = None) -> Path:
+    """Return where the results of ``task`` on the checkpoint of ``step`` belong.
+
+    Results of other ``data`` (their ``train`` and ``test``) that are there already keep their place: the folder's name
+    then ends in a short hash of the data.
+    """
+    folder = run / "eval" / f"step_{step:08d}" / task
+    specs = [str((data or {}).get(name)) for name in ("train", "test")]
+    try:
+        found = json.loads((folder / "results.json").read_text()).get("data", {})
+    except (OSError, ValueError):
+        return folder
+    if data is None or [str(found.get(name)) for name in ("train", "test")] == specs:
+        return folder
+    return folder.with_name(f"{task}_{hashlib.blake2b(json.dumps(specs).encode(), digest_size=3).hexdigest()}")
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> Path:
-    """Write ``results``, dated, to ``folder/results.json`` in place of older ones, and return that file."""
+    """Write ``results``, dated, to ``folder/results.json`` in place of older ones, and return that file.
+
+    What is not a finite number becomes null, since JSON has no word for it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "results.json"
     partial = folder / f".results.json.{os.getpid()}"
-    dated = {**results, "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    partial.write_text(json.dumps(dated, indent=2, ensure_ascii=False) + "\n")
+    dated = _finite({**results, "date": _now()})
+    partial.write_text(json.dumps(dated, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(file)
     return file
 
 
 def add_to_leaderboard(run: Path, line: dict[str, Any]) -> Path:
-    """Append ``line`` (keys: ``COLUMNS``), dated, to the run's ``leaderboard.csv`` in one write; return the file."""
+    """Put ``line`` (keys: ``COLUMNS``), dated, at the end of the run's ``leaderboard.csv``; return the file.
+
+    An older line of the same ``KEY`` goes. The file is replaced as a whole, and writers wait for each other.
+    """
     file = run / "leaderboard.csv"
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS)
-    if not file.exists():
+    new = {name: str(line.get(name, "")) for name in COLUMNS} | {"date": _now()}
+    with _locked(run / ".leaderboard.lock"):
+        lines = [old for old in read_leaderboard(run) if any(old.get(name) != new[name] for name in KEY)]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
         writer.writeheader()
-    writer.writerow({"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **line})
-    with file.open("a", newline="") as stream:
-        stream.write(text.getvalue())
+        writer.writerows([*lines, new])
+        partial = run / f".leaderboard.csv.{os.getpid()}"
+        partial.write_text(text.getvalue(), encoding="utf-8")
+        partial.replace(file)
     return file
+
+
+def read_leaderboard(run: Path) -> list[dict[str, str]]:
+    """Return the lines of a run's leaderboard, by column, in the order of their dates; none where there is no file."""
+    file = run / "leaderboard.csv"
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    with file.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def folder_of(
+    run: Path | None, step: int | None, task: str, data: dict[str, Any], output: str | Path | None
+) -> Path | None:
+    """Return where results go: ``output``, else where the run keeps those of its step, else None."""
+    if output is not None:
+        return Path(output)
+    return None if run is None or step is None else task_folder(run, step, task, data)
 
 
 def record(
@@ -64,19 +119,28 @@ def record(
     Returns:
         The file, or None where there is neither a run nor ``output``.
     """
-    if output is None and (run is None or results["step"] is None):
+    folder = folder_of(run, results["step"], task, results["data"], output)
+    if folder is None:
         print("not written anywhere: these weights belong to no run; give --output DIR to keep the results")
         return None
-    folder = Path(output) if output is not None else task_folder(run or Path(), results["step"], task)
-    file = write_results(folder, results)
+    value = results["metrics"][metric]
+    file = write_results(folder, {**results, "metric": metric, "value": value})
     if run is not None:
         line = {key: results[key] for key in ("step", "task", "backbone")}
-        line |= {"metric": metric, "value": round(results["metrics"][metric], 3)}
-        line |= {
-            "train": results["data"]["train"],
-            "test": results["data"]["test"],
-            "results": os.path.relpath(file, run),
-        }
-        add_to_leaderboard(run, line)
+        line |= {"metric": metric, "value": round(value, 4 if abs(value) < 10 else 3)}
+        line |= {name: results["data"][name] for name in ("train", "test")}
+        add_to_leaderboard(run, {**line, "results": os.path.relpath(file, run)})
     print(f"written to {file}")
     return file
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dinov2_fsdp.errors import UserError, exit_with, run_cli
+from dinov2_fsdp.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, RunFailed, UserError, run_cli, show
 from dinov2_fsdp.parallel.place import (
     Place,
     available_cores,
@@ -164,18 +164,18 @@ def _differences(old: Config, new: Config) -> list[str]:
 
 
 def _work(config: Config) -> int:
-    """Be one process of the run."""
+    """Be one process of the run and return its exit code."""
     from dinov2_fsdp.train import train
     from eval.online import ONLINE
 
     try:
-        train(config, ONLINE)
-    except UserError as error:
-        exit_with(error)
-    except Exception:
-        logging.getLogger(__name__).exception("this rank has failed")
-        return 1
-    return 0
+        return 0 if train(config, ONLINE) else EXIT_INTERRUPTED
+    except (UserError, RunFailed) as error:
+        code = show(error)
+    # A thread that waits for a rank that is gone would keep a failed process alive.
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _start_processes(count: int, threads: int) -> int:
@@ -198,29 +198,32 @@ def _start_processes(count: int, threads: int) -> int:
         signal.signal(number, forward)
     # A terminal sends Ctrl-C to the ranks as well; the launcher waits for them.
     signal.signal(signal.SIGINT, signal.SIG_IGN if sys.stdin and sys.stdin.isatty() else forward)
-    while all(child.poll() in (None, 0) for child in children):
-        if all(child.poll() == 0 for child in children):
-            return 0
+    while all(child.poll() in (None, 0, EXIT_INTERRUPTED) for child in children):
+        if all(child.poll() is not None for child in children):
+            return max(child.returncode for child in children)
         time.sleep(0.1)
     return _end_after_failure(children)
 
 
 def _end_after_failure(children: list[subprocess.Popen[bytes]]) -> int:
-    failed = [(rank, child.returncode) for rank, child in enumerate(children) if child.poll() not in (None, 0)]
-    # A rank that loses another fails too, so one that a signal ended, or a user's mistake, is the cause.
-    rank, code = min(failed, key=lambda rank_and_code: (rank_and_code[1] > 0, rank_and_code[1] != 2))
-    deadline = time.monotonic() + GRACE
+    """End the other ranks after one has failed; say which one, unless its process has said it by itself."""
+    failed = [(rank, child.returncode) for rank, child in enumerate(children) if child.poll()]
+    killed = [(rank, code) for rank, code in failed if code < 0]
+    # A rank that a signal ended could say nothing, and the others have nothing to add.
+    deadline = time.monotonic() + (0 if killed else GRACE)
     while time.monotonic() < deadline and any(child.poll() is None for child in children):
         time.sleep(0.1)
     for child in children:
         if child.poll() is None:
             child.kill()
             child.wait()
-    if code == 2:
-        return 2
-    cause = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    print(f"error: rank {rank} {cause}; its log is logs/rank_{rank}.log in the run directory", file=sys.stderr)
-    return code if code > 0 else 1
+    if killed:
+        rank, code = killed[0]
+        name = signal.Signals(-code).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        print(f"error: rank {rank} was ended by {name}{hint}; its log is logs/rank_{rank}.log", file=sys.stderr)
+        return EXIT_FAILED
+    return EXIT_USER_ERROR if any(code == EXIT_USER_ERROR for _, code in failed) else EXIT_FAILED
 
 
 def _free_port() -> int:

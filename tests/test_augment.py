@@ -324,7 +324,7 @@ def test_tiny_images_work(width: int, height: int) -> None:
 
 
 def test_an_unknown_blur_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"paper, released; got 'relased'; did you mean 'released'"):
+    with pytest.raises(UserError, match=r"paper, released, none; got 'relased'; did you mean 'released'"):
         multi_crop(**{**PUBLISHED, "blur": "relased"})
 
 

@@ -253,6 +253,14 @@ def _rank_chunks(step: int) -> list[list[Tensor]]:
     ]
 
 
+# Added to a rank's logits: exp overflows float64 on one, and without its maximum underflows on the other.
+FAR_APART = [[60.0, 61.0], [-40.0, 40.0]]
+
+
+def _far_apart(rank: int, case: int) -> Tensor:
+    return _logits(7 - 3 * rank, seed=50 + rank) + FAR_APART[case][rank]
+
+
 def _centre_steps_on_rank() -> dict[str, Any]:
     rank, skips = dist.get_rank(), [GO, SKIP, GO]
     softmax, sinkhorn = SoftmaxCentering(PROTOTYPES, 0.9, CPU), SinkhornCentering(3)
@@ -262,7 +270,8 @@ def _centre_steps_on_rank() -> dict[str, Any]:
         _step(softmax, chunks, skip)
         centres.append(softmax.tensors()["centre"].clone())
         targets.append(torch.cat(sinkhorn.targets(chunks, 0.07)))
-    return {"centres": centres, "sinkhorn": targets}
+    overflowing = [sinkhorn.targets([_far_apart(rank, case)], 0.04)[0] for case in range(len(FAR_APART))]
+    return {"centres": centres, "sinkhorn": targets, "overflowing": overflowing}
 
 
 @pytest.fixture(scope="module")
@@ -292,3 +301,18 @@ def test_sinkhorn_over_uneven_ranks_equals_one_process(two_ranks: list[dict[str,
     whole = torch.cat([chunk for chunks in _rank_chunks(step) for chunk in chunks])
     targets = torch.cat([rank["sinkhorn"][step] for rank in two_ranks])
     torch.testing.assert_close(targets.double(), _reference_sinkhorn(whole, 0.07), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.distributed
+def test_sinkhorn_over_ranks_whose_logits_overflow_exp_equals_one_process(two_ranks: list[dict[str, Any]]) -> None:
+    whole = torch.cat([_far_apart(rank, 0) for rank in range(2)])
+    assert (whole.double() / 0.04).exp().isinf().any()
+    targets = torch.cat([rank["overflowing"][0] for rank in two_ranks])
+    torch.testing.assert_close(targets.double(), _reference_sinkhorn(whole, 0.04), rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.distributed
+def test_sinkhorn_over_ranks_that_are_far_apart_gives_distributions(two_ranks: list[dict[str, Any]]) -> None:
+    targets = torch.cat([rank["overflowing"][1] for rank in two_ranks])
+    assert targets.isfinite().all()
+    torch.testing.assert_close(targets.sum(dim=1), torch.ones(len(targets)), rtol=1e-4, atol=1e-4)

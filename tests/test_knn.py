@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ from dinov2_fsdp.config import Config, from_dict
 from dinov2_fsdp.data.sources import BadImage, open_source
 from dinov2_fsdp.errors import UserError
 from eval import knn
-from eval.features import IMAGENET_MEAN, IMAGENET_STD, class_token, extract, pixel_features, prepare, subset
+from eval.features import IMAGENET_MEAN, IMAGENET_STD, Extracted, class_token, extract, pixel_features, prepare, subset
 from eval.neighbours import knn_accuracy
-from eval.results import record, run_of
 
 CPU = torch.device("cpu")
 KS = (1, 10, 20, 100)
@@ -348,28 +346,73 @@ def test_evaluation_during_training_is_the_same_on_two_ranks_as_on_one(tmp_path:
         assert torch.load(tmp_path / f"out.{rank}") == alone
 
 
-def _run_directory(folder: Path) -> Path:
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "config.yaml").write_text("seed: 0\n")
-    return folder
+# ---------------------------------------------------------------------------------------------------------------------
+# Few images of each class.
 
 
-def test_results_of_a_run_go_to_its_step_and_its_leaderboard(tmp_path: Path) -> None:
-    run = _run_directory(tmp_path / "run")
-    found = {"task": "knn", "backbone": "teacher", "step": 1000, "metrics": {"knn_20": 61.2345}}
-    for _ in range(2):
-        file = record({**found, "data": {"train": "a,b", "test": "c"}}, "knn", "knn_20", run)
-    assert file == run / "eval" / "step_00001000" / "knn" / "results.json"
-    with (run / "leaderboard.csv").open() as stream:
-        lines = list(csv.DictReader(stream))
-    assert [(line["step"], line["metric"], line["value"], line["train"]) for line in lines] == [
-        ("1000", "knn_20", "61.234", "a,b")
-    ] * 2
+def _extracted(rows: torch.Tensor, labels: torch.Tensor) -> Extracted:
+    return Extracted(rows, labels, torch.arange(len(rows)), [])
 
 
-def test_a_checkpoint_belongs_to_the_run_around_it(tmp_path: Path) -> None:
-    run = _run_directory(tmp_path / "run")
-    checkpoint = run / "checkpoints" / "step_00001000"
-    checkpoint.mkdir()
-    assert run_of(run) == run_of(checkpoint) == run
-    assert run_of(tmp_path) is None
+def test_few_shot_banks_hold_so_many_images_of_each_class_and_differ_between_tries() -> None:
+    labels = np.array([0, 1, 2, -1] * 20)
+    draws = [knn.draw_per_class(labels, 3, 0, attempt) for attempt in range(3)]
+    assert all(np.bincount(labels[drawn]).tolist() == [3, 3, 3] for drawn in draws)
+    assert all(np.all(np.diff(drawn) > 0) for drawn in draws)
+    assert not np.array_equal(draws[0], draws[1])
+    assert np.array_equal(draws[0], knn.draw_per_class(labels, 3, 0, 0))
+
+
+def test_few_shot_accuracy_is_the_mean_over_the_tries() -> None:
+    (bank, labels), (asked, truth) = blobs(300, 1), blobs(90, 2)
+    settings = knn.Settings(k=(1, 10, 100), per_class=(5,), tries=4)
+    found = knn.few_shot(_extracted(bank, labels), _extracted(asked, truth), settings)
+    expected = []
+    for attempt in range(4):
+        drawn = torch.from_numpy(knn.draw_per_class(labels.numpy(), 5, 0, attempt))
+        expected.append(reference(bank[drawn], labels[drawn], asked, truth, 10, 0.07))
+    assert found["knn_10_5_per_class"] == pytest.approx(np.mean(expected))
+    assert found["knn_10_5_per_class_std"] == pytest.approx(np.std(expected))
+    assert not any("100" in name for name in found)
+
+
+def test_more_images_of_a_class_than_there_are_is_refused() -> None:
+    with pytest.raises(UserError, match="--per-class 4 is more than the 3 images of class 1"):
+        knn.draw_per_class(np.array([0, 0, 0, 0, 1, 1, 1]), 4, 0, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory.
+
+
+@pytest.mark.slow
+def test_a_search_holds_no_copy_of_the_bank(tmp_path: Path) -> None:
+    rows, dim = 60_000, 1536
+    file = np.memmap(tmp_path / "bank", np.float32, "w+", shape=(rows, dim))
+    rng = np.random.default_rng(0)
+    for start in range(0, rows, 10_000):
+        file[start : start + 10_000] = rng.standard_normal((10_000, dim), np.float32)
+    file.flush()
+    bank, labels = torch.from_numpy(file), torch.from_numpy(np.arange(rows) % 5)
+    before = _anonymous_memory()
+    peak = 0
+
+    class Watched(torch.Tensor):
+        """The bank, which notes the memory in use whenever a part of it is taken."""
+
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal peak
+            peak = max(peak, _anonymous_memory())
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    knn_accuracy(bank.as_subclass(Watched), labels, bank[:50].clone(), labels[:50], (20,))
+    assert 0 < peak - before < 0.6 * rows * dim * 4
+
+
+def _anonymous_memory() -> int:
+    """Return the bytes that this process holds beside mapped files."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        pytest.skip("this system has no /proc to read memory from")
+    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("RssAnon"))

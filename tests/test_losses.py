@@ -157,6 +157,41 @@ def test_no_masked_patch_gives_zero_with_zero_gradients() -> None:
     assert torch.equal(head.weight.grad, torch.zeros(17, 5))
 
 
+# Masked patches of the global crops that each rank holds; two crops are not masked, one rank has hardly any.
+MASKED_ON_RANKS = [[7, 0, 4, 2], [1, 0, 0, 0]]
+
+
+def _ibot_on_rank(masked: list[list[int]], logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    counts = [sum(crops) for crops in masked]
+    rank = dist.get_rank()
+    own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    rows = logits[own].clone().requires_grad_()
+    weights = torch.cat([torch.full((number,), 1 / number) for number in masked[rank] if number])
+    loss = ibot_loss(rows, targets[own], weights, len(masked[rank]), TEMPERATURE)
+    loss.backward()
+    assert rows.grad is not None
+    dist.all_reduce(loss.detach())
+    return loss.detach() / dist.get_world_size(), rows.grad / dist.get_world_size()
+
+
+@pytest.mark.distributed
+def test_ranks_with_uneven_masks_add_up_to_the_loss_of_the_batch() -> None:
+    """Equation 2 over the whole batch in float64: the mean over ranks is not one over their masked patches."""
+    crops = [number for rank in MASKED_ON_RANKS for number in rank]
+    logits, targets = _logits(sum(crops)), _targets(sum(crops))
+    exact, expected, row = logits.double().requires_grad_(), torch.zeros((), dtype=torch.float64), 0
+    for number in crops:
+        for _ in range(number):
+            expected = expected + _reference_cross_entropy(targets[row], exact[row]) / number / len(crops)
+            row += 1
+    expected.backward()
+    results = run_on_ranks(_ibot_on_rank, 2, MASKED_ON_RANKS, logits, targets)
+    for loss, _ in results:
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    gradient = torch.cat([gradient for _, gradient in results])
+    torch.testing.assert_close(gradient.double(), exact.grad, rtol=1e-5, atol=1e-7)
+
+
 # -- KoLeo ------------------------------------------------------------------------------------------------------------
 
 
@@ -202,13 +237,32 @@ def test_near_duplicates_keep_their_distance(gap: float) -> None:
     assert koleo_loss(cls, 4).item() == pytest.approx(expected, rel=1e-2)
 
 
-def test_autocast_changes_nothing() -> None:
-    cls = _logits(8, 64)
-    cls[1] = cls[0] + 1e-4
-    with torch.autocast("cpu", torch.bfloat16):
-        under_autocast = koleo_loss(cls, 4)
-    assert under_autocast.dtype == torch.float32
-    assert torch.equal(under_autocast, koleo_loss(cls, 4))
+@pytest.mark.parametrize("images", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(dtype: torch.dtype, images: int) -> None:
+    cls = _logits(2 * images, 64)
+    cls[1] = cls[0] + 1e-4  # a distance that neither of them can tell from zero
+    plain = cls.clone().requires_grad_()
+    koleo_loss(plain, images).backward()
+    cast = cls.clone().requires_grad_()
+    with torch.autocast("cpu", dtype):
+        loss = koleo_loss(cast, images)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, koleo_loss(cls, images))
+    assert loss.item() == pytest.approx(_reference_koleo(cls.double(), images).item(), rel=1e-3)
+    assert torch.equal(cast.grad, plain.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_features_in_half_precision_are_compared_in_float32(dtype: torch.dtype) -> None:
+    cls = _logits(12, 64, scale=2.0).to(dtype).requires_grad_()
+    exact = cls.detach().double().requires_grad_()
+    loss, expected = koleo_loss(cls, 6), _reference_koleo(exact, 6)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(cls.grad.double(), exact.grad, rtol=1e-2, atol=1e-3)  # type: ignore[union-attr]
 
 
 def test_exact_duplicates_have_a_finite_loss_and_gradient() -> None:

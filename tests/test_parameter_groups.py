@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from dinov2_fsdp.config import from_dict
 from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.optim.build import build_optimizer
 from dinov2_fsdp.optim.groups import apply_step_values, clean_name, parameter_groups
 from dinov2_fsdp.optim.schedules import StepValues
+from dinov2_fsdp.ssl.network import Network
 
 DEPTH = 12
 D, H, K = 4, 6, 5
@@ -105,6 +107,17 @@ def test_the_learning_rate_of_every_parameter_decays_with_depth() -> None:
     groups = _by_name(parameter_groups(_student(), DEPTH, 0.9, 0.2))
     assert {n: pytest.approx(g["lr_mult"]) for n, g in groups.items()} == {
         n: _expected_lr_mult(n) for n, _ in _student()
+    }
+
+
+def test_the_table_is_that_of_a_whole_backbone_of_twelve_blocks() -> None:
+    config = from_dict({"model": {"arch": "vits", "registers": 4}, "dino_head": {"prototypes": 8}})
+    with torch.device("meta"):
+        backbone = Network(config).backbone
+    assert {name for name, _ in backbone.named_parameters()} == _backbone_shapes().keys()
+    groups = _by_name(parameter_groups(((f"backbone.{n}", p) for n, p in backbone.named_parameters()), DEPTH, 0.9, 0.2))
+    assert {name: pytest.approx(group["lr_mult"]) for name, group in groups.items()} == {
+        f"backbone.{name}": _expected_lr_mult(f"backbone.{name}") for name in _backbone_shapes()
     }
 
 

@@ -27,7 +27,7 @@ from dinov2_fsdp.parallel.world import World, end_world, start_world
 from dinov2_fsdp.ssl.ema import Ema
 from dinov2_fsdp.ssl.network import Network
 from dinov2_fsdp.ssl.step import SelfDistillation
-from dinov2_fsdp.train import build_networks
+from dinov2_fsdp.parallel.sharding import build_networks
 
 
 @pytest.fixture

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from dinov2_fsdp.checkpoint import find_checkpoint, list_checkpoints
 from dinov2_fsdp.config import Config
+from dinov2_fsdp.parallel.pulse import Pulse
 from dinov2_fsdp.parallel.world import World
-from dinov2_fsdp.train import _train, train
+from dinov2_fsdp.signals import StopSignals
+from dinov2_fsdp.train import run, train
 
 CLOCK = ("seconds", "time", "img_per_s", "eta", "data_wait", "memory", "core_hours", "gpu_hours")
 """Keys of a line of metrics that two equal runs do not share, beside those of PHASES."""
@@ -53,7 +55,9 @@ def train_on_ranks(config: Config, ranks: int) -> None:
 
 def train_as_rank(config: Config) -> None:
     """Run a config to its end as one of the processes of `run_on_ranks`."""
-    _train(config, this_world(), {}, console=False)
+    world = this_world()
+    with StopSignals() as signals, Pulse(world, config.parallel.timeout) as pulse:
+        run(config, world, {}, False, signals, pulse)
 
 
 def this_world() -> World:
@@ -83,6 +87,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [
         {key: value for key, value in line.items() if key not in CLOCK and not key.startswith(("time/", "pause/"))}
         for line in lines
+        if "checkpoint/stall_s" not in line
     ]
 
 

@@ -17,7 +17,11 @@ from PIL import Image, ImageChops, ImageFilter
 
 from dinov2_fsdp.errors import UserError, nearest
 
-BLUR_PROBABILITIES: dict[str, tuple[float, float, float]] = {"paper": (1.0, 0.1, 0.5), "released": (0.0, 0.9, 0.5)}
+BLUR_PROBABILITIES: dict[str, tuple[float, float, float]] = {
+    "paper": (1.0, 0.1, 0.5),
+    "released": (0.0, 0.9, 0.5),
+    "none": (0.0, 0.0, 0.0),
+}
 """Probability of blur on global crop 1, global crop 2 and the local crops.
 
 The released code hands ``1 - p`` to ``RandomApply`` by mistake, and the released weights were trained so.
@@ -178,7 +182,7 @@ def multi_crop(
     Args:
         global_size, local_size: sides of the crops, in pixels.
         global_scale, local_scale: (least, greatest) share of the image's area.
-        blur: "paper" or "released", see :data:`BLUR_PROBABILITIES`.
+        blur: "paper", "released" or "none", see :data:`BLUR_PROBABILITIES`.
         solarize_p: probability of solarizing global crop 2.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from dinov2_fsdp.data.batch import Microbatch
 from dinov2_fsdp.data.masks import masks_for
 from dinov2_fsdp.data.sources import BadImage, Source
 from dinov2_fsdp.data.stream import Stream
+from dinov2_fsdp.errors import RunFailed
 from dinov2_fsdp.rng import generator
+from dinov2_fsdp.signals import leave_signals_to_parent
 
 REPLACEMENTS_PER_IMAGE = 20
 """Tries to replace one unreadable image before the data set counts as broken."""
@@ -89,7 +92,10 @@ class Microbatches(Dataset[Microbatch]):
                 bad.append((error.name, error.reason))
                 sample = self.stream.replacement(step, place, attempt)
         names = ", ".join(name for name, _ in bad[-3:])
-        raise RuntimeError(f"{REPLACEMENTS_PER_IMAGE} images in a row cannot be read, the last ones: {names}")
+        raise RunFailed(
+            f"{REPLACEMENTS_PER_IMAGE} images in a row cannot be read (step {step + 1}); has the data gone? The last: "
+            f"{names} ({bad[-1][1]})"
+        )
 
 
 def _crop_major(crops: list[np.ndarray]) -> torch.Tensor:
@@ -113,16 +119,57 @@ class _Places(Sampler[tuple[int, int]]):
         return (self.end - self.start) * self.per_rank
 
 
-def build_loader(
-    config: Config, source: Source, start: int, end: int, rank: int, per_rank: int, pin: bool
-) -> DataLoader[Microbatch]:
-    """Return an iterable over a rank's microbatches of steps ``start … end − 1``, ``per_rank`` for each step.
+@dataclass(frozen=True)
+class _Failure:
+    """What a worker hands over instead of a microbatch: as an exception it would lose all but its text."""
+
+    text: str
+
+
+class _Guarded(Dataset["Microbatch | _Failure"]):
+    def __init__(self, microbatches: Microbatches) -> None:
+        self.microbatches = microbatches
+
+    def __getitem__(self, place: tuple[int, int]) -> Microbatch | _Failure:
+        try:
+            return self.microbatches[place]
+        except RunFailed as error:
+            return _Failure(str(error))
+
+
+class Loader(Iterator[Microbatch]):
+    """An iterator over a rank's microbatches, in order.
+
+    Raises:
+        RunFailed: (when asked for the next) the data cannot be read any more, or a worker process died.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self._items = iter(loader)
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Microbatch:
+        try:
+            item = next(self._items)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise RunFailed(f"a data worker died: {str(error).splitlines()[0]}") from error
+        if isinstance(item, _Failure):
+            raise RunFailed(item.text)
+        return item
+
+
+def build_loader(config: Config, source: Source, start: int, end: int, rank: int, per_rank: int, pin: bool) -> Loader:
+    """Return an iterator over a rank's microbatches of steps ``start … end − 1``, ``per_rank`` for each step.
 
     ``pin``: put them into pinned memory, from which copies to a GPU overlap with work.
     """
     workers = config.data.workers
-    return DataLoader(
-        Microbatches(config, source),
+    loader: DataLoader[Any] = DataLoader(
+        _Guarded(Microbatches(config, source)),
         batch_size=None,
         sampler=_Places(start, end, rank, per_rank),
         num_workers=workers,
@@ -131,10 +178,8 @@ def build_loader(
         pin_memory=pin,
         worker_init_fn=_quiet_worker if workers else None,
     )
+    return Loader(loader)
 
 
 def _quiet_worker(_: int) -> None:
-    """Leave signals to the training process: a terminal's Ctrl-C reaches workers too."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_signals_to_parent()

@@ -11,13 +11,15 @@ from dinov2_fsdp.models.initialise import initialise
 from dinov2_fsdp.models.vision_transformer import VisionTransformer
 
 
-def build_backbone(model: ModelConfig, image_size: int) -> VisionTransformer:
-    """Return an uninitialised backbone whose position embedding stands for ``image_size`` pixels."""
+def build_backbone(model: ModelConfig, image_size: int, interpolation: str | None = None) -> VisionTransformer:
+    """Return an uninitialised backbone whose position embedding stands for ``image_size`` pixels.
+
+    ``interpolation``: how it is stretched to other sizes, see :class:`VisionTransformer`.
+    """
     dim, depth, heads = width_depth_heads(model)
     ffn = model.ffn or ARCHITECTURES[model.arch]["ffn"]
-    return VisionTransformer(
-        image_size, model.patch, dim, depth, heads, ffn, model.mlp_ratio, model.layer_scale, model.registers
-    )
+    shape = (image_size, model.patch, dim, depth, heads, ffn, model.mlp_ratio, model.layer_scale, model.registers)
+    return VisionTransformer(*shape, interpolation)
 
 
 def build_head(head: HeadConfig, dim: int) -> ProjectionHead:
@@ -34,11 +36,20 @@ def create(name: str, registers: int = 0, image_size: int = 518, seed: int = 0) 
     Raises:
         UserError: the name is unknown.
     """
+    config = config_of(name, registers)
+    backbone = build_backbone(config, image_size)
+    initialise(backbone, seed, config.layer_scale)
+    return backbone
+
+
+def config_of(name: str, registers: int = 0) -> ModelConfig:
+    """Return the config of a backbone such as ``vits14``.
+
+    Raises:
+        UserError: the name is unknown.
+    """
     valid = [f"{arch}{patch}" for arch in ARCHITECTURES for patch in (14, 16)]
     match = re.fullmatch(r"(vit[a-z])([1-9]\d*)", name)
     if match is None or match[1] not in ARCHITECTURES:
         raise UserError(f"unknown model '{name}'{nearest(name, valid)}\nvalid: {', '.join(valid)}")
-    config = ModelConfig(arch=match[1], patch=int(match[2]), registers=registers)
-    backbone = build_backbone(config, image_size)
-    initialise(backbone, seed, config.layer_scale)
-    return backbone
+    return ModelConfig(arch=match[1], patch=int(match[2]), registers=registers)

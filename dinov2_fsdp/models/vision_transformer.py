@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,10 @@ from torch import Tensor, nn
 from dinov2_fsdp.models.block import LAYER_NORM_EPS, Block
 from dinov2_fsdp.models.layout import Layout
 from dinov2_fsdp.models.stochastic_depth import DepthPlan
+
+INTERPOLATIONS = ("offset", "exact", "antialias")
+"""How a position embedding is stretched, bicubic always: by a scale factor with :data:`INTERPOLATION_OFFSET` (the
+published models without registers), to the exact size, or to the exact size with antialiasing (those with)."""
 
 INTERPOLATION_OFFSET = 0.1
 """Added to the grid by the published models without registers before it becomes a scale factor."""
@@ -51,6 +57,7 @@ class VisionTransformer(nn.Module):
         ffn: ``mlp`` or ``swiglu``.
         layer_scale: initial LayerScale; 0 leaves LayerScale out.
         registers: number of register tokens.
+        interpolation: one of :data:`INTERPOLATIONS`; by default the published models' for this number of registers.
     """
 
     def __init__(
@@ -64,8 +71,12 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         layer_scale: float = 1e-5,
         registers: int = 0,
+        interpolation: str | None = None,
     ) -> None:
         super().__init__()
+        self.interpolation = interpolation or published_interpolation(registers)
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation '{interpolation}' is none of {', '.join(INTERPOLATIONS)}")
         self.patch_size, self.embed_dim, self.num_heads = patch, dim, heads
         self.num_register_tokens, self.layer_scale = registers, layer_scale
         self.grid = image_size // patch
@@ -93,16 +104,8 @@ class VisionTransformer(nn.Module):
         return Layout(tuple((n, prefix + (h // patch) * (w // patch)) for n, h, w in sizes))
 
     def position_embedding(self, rows: int, columns: int) -> Tensor:
-        """Return the position embedding of a ``rows × columns`` grid: ``(1, 1 + rows·columns, dim)`` float32.
-
-        Bicubic in fp32. As in the published models, the grid is stretched by a scale factor with an offset and
-        without antialiasing where there are no registers, and to the exact size with antialiasing where there are.
-        """
-        embedding = self.pos_embed.float()
-        if rows == columns == self.grid:
-            return embedding
-        matrix = interpolation_matrix(self.grid, rows, columns, self.num_register_tokens > 0, embedding.device)
-        return torch.cat([embedding[:, :1], (matrix @ embedding[0, 1:]).unsqueeze(0)], dim=1)
+        """Return the position embedding of a ``rows × columns`` grid: ``(1, 1 + rows·columns, dim)`` float32."""
+        return stretch_positions(self.pos_embed, rows, columns, self.interpolation)
 
     def embed(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
         """Return the tokens ``(batch, prefix + patches, dim)`` that enter the first block.
@@ -159,9 +162,115 @@ class VisionTransformer(nn.Module):
         """Return the normalised class token ``(batch, dim)``."""
         return self.forward_features(images)["x_norm_clstoken"]
 
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        norm: bool = False,
+        output_fmt: str = "NCHW",
+        return_prefix_tokens: bool = False,
+        intermediates_only: bool = False,
+        masks: Tensor | None = None,
+    ) -> Any:
+        """Return the final tokens and the patch tokens after some blocks, under timm's conventions.
+
+        Args:
+            indices: the last so many blocks, or these blocks (negative ones count from the end); by default all.
+            norm: apply the final norm to the intermediates too.
+            output_fmt: ``NCHW``: ``(batch, dim, rows, columns)``; ``NLC``: ``(batch, patches, dim)``.
+            return_prefix_tokens: give pairs, with the class token and registers ``(batch, prefix, dim)`` beside.
+            intermediates_only: leave out the final tokens, and the blocks above the last one asked for.
+
+        Returns:
+            ``(final, intermediates)``, or ``intermediates``: ``final`` (batch, tokens, dim), normalised;
+            ``intermediates`` a list in the order of depth.
+
+        Raises:
+            ValueError: there is no such block, or the format is unknown.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt '{output_fmt}' is neither NCHW nor NLC")
+        taken = self._block_indices(indices)
+        picked, tokens, prefix = [], torch.empty(0), self.prefix_tokens
+        for index, tokens in enumerate(self._block_outputs(images, masks)):
+            if index in taken:
+                kept = self.norm(tokens) if norm else tokens
+                patches = kept[:, prefix:]
+                if output_fmt == "NCHW":
+                    grid = (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
+                    patches = patches.transpose(1, 2).unflatten(2, grid).contiguous()
+                picked.append((patches, kept[:, :prefix]) if return_prefix_tokens else patches)
+            if intermediates_only and index == max(taken):
+                break
+        return picked if intermediates_only else (self.norm(tokens), picked)
+
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Any, ...]:
+        """Return the patch tokens after the last ``n`` blocks, or the blocks of ``n``, as the published models do.
+
+        Each is ``(batch, patches, dim)``, or ``(batch, dim, rows, columns)`` with ``reshape``; with
+        ``return_class_token`` a pair whose second part is the class token ``(batch, dim)``.
+
+        Raises:
+            ValueError: there is no such block.
+        """
+        pairs = self.forward_intermediates(
+            images,
+            n,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            return_prefix_tokens=True,
+            intermediates_only=True,
+        )
+        return tuple((patches, prefix[:, 0]) if return_class_token else patches for patches, prefix in pairs)
+
+    def _block_outputs(self, images: Tensor, masks: Tensor | None) -> Iterator[Tensor]:
+        """Yield the tokens ``(batch, tokens, dim)`` after every block."""
+        batch, _, height, width = images.shape
+        layout = self.layout([(batch, height, width)])
+        tokens = self.embed(images, masks).flatten(0, 1)
+        for block in self.blocks:
+            tokens = block(tokens, layout)
+            yield tokens.unflatten(0, (batch, -1))
+
+    def _block_indices(self, indices: int | Sequence[int] | None) -> set[int]:
+        depth = len(self.blocks)
+        if indices is None:
+            return set(range(depth))
+        asked = range(-indices, 0) if isinstance(indices, int) else indices
+        if not asked or not all(-depth <= index < depth for index in asked):
+            raise ValueError(
+                f"blocks {indices} asked for; this backbone has {depth}, 0 to {depth - 1} or -{depth} to -1"
+            )
+        return {index % depth for index in asked}
+
+
+def published_interpolation(registers: int) -> str:
+    """Return how the published models with this number of registers stretch their position embedding."""
+    return "antialias" if registers else "offset"
+
+
+def stretch_positions(embedding: Tensor, rows: int, columns: int, interpolation: str) -> Tensor:
+    """Return a position embedding ``(1, 1 + grid², dim)`` for ``rows × columns`` patches, in float32.
+
+    The class token's is kept; the rest is interpolated, bicubic, as ``interpolation`` (:data:`INTERPOLATIONS`) says.
+    """
+    embedding, grid = embedding.float(), math.isqrt(embedding.shape[1] - 1)
+    if rows == columns == grid:
+        return embedding
+    matrix = interpolation_matrix(grid, rows, columns, interpolation, embedding.device)
+    return torch.cat([embedding[:, :1], (matrix @ embedding[0, 1:]).unsqueeze(0)], dim=1)
+
 
 @functools.lru_cache(maxsize=64)
-def interpolation_matrix(grid: int, rows: int, columns: int, exact_size: bool, device: torch.device) -> Tensor:
+def interpolation_matrix(grid: int, rows: int, columns: int, interpolation: str, device: torch.device) -> Tensor:
     """Return the linear map ``(rows·columns, grid²)`` that bicubic interpolation of a ``grid × grid`` map is.
 
     As a matrix product its backward pass is deterministic on every device.
@@ -169,10 +278,10 @@ def interpolation_matrix(grid: int, rows: int, columns: int, exact_size: bool, d
     # A matrix made while evaluating in inference mode stays in the cache, and training could not use it.
     with torch.inference_mode(False), torch.no_grad():
         basis = torch.eye(grid * grid).reshape(1, grid * grid, grid, grid)
-        if exact_size:
-            image = F.interpolate(basis, size=(rows, columns), mode="bicubic", antialias=True)
-        else:
+        if interpolation == "offset":
             factors = ((rows + INTERPOLATION_OFFSET) / grid, (columns + INTERPOLATION_OFFSET) / grid)
-            image = F.interpolate(basis, scale_factor=factors, mode="bicubic", antialias=False)
+            image = F.interpolate(basis, scale_factor=factors, mode="bicubic")
+        else:
+            image = F.interpolate(basis, size=(rows, columns), mode="bicubic", antialias=interpolation == "antialias")
         assert image.shape[-2:] == (rows, columns), f"{tuple(image.shape[-2:])} instead of {(rows, columns)}"
         return image.flatten(2)[0].T.contiguous().to(device)

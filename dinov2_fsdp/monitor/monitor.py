@@ -44,6 +44,7 @@ class Monitor:
         epoch_steps: steps of an epoch; if given, lines say the epoch.
         stream: where rank 0 prints, by default stdout.
         now: source of time, seconds.
+        on_phase: told the name of every phase that begins.
     """
 
     def __init__(
@@ -61,7 +62,9 @@ class Monitor:
         epoch_steps: int | None = None,
         stream: TextIO | None = None,
         now: Callable[[], float] = time.perf_counter,
+        on_phase: Callable[[str], None] = lambda name: None,
     ) -> None:
+        self._on_phase = on_phase
         self.rank, self.world_size, self.total_steps = rank, world_size, total_steps
         self.device = torch.device(device)
         self.epoch_steps = epoch_steps
@@ -83,7 +86,9 @@ class Monitor:
         Raises:
             ValueError: the phase is unknown.
         """
-        return self.phase_times(name)
+        timed = self.phase_times(name)
+        self._on_phase(name)
+        return timed
 
     def record(self, step: int, values: Mapping[str, Value]) -> None:
         """Add the values of one step, 0-d tensors or numbers, to the means of the next flush.
@@ -130,8 +135,10 @@ class Monitor:
         self._console.report(step, metrics)
         return metrics
 
-    def event(self, step: int, values: Mapping[str, float]) -> None:
+    def event(self, step: int, values: Mapping[str, float], quiet: bool = False) -> None:
         """Write results that come outside the regular flushes, at once. Not collective: other ranks do nothing.
+
+        ``quiet`` keeps them off the console.
 
         Raises:
             ValueError: a name is one of the monitor's own.
@@ -139,7 +146,10 @@ class Monitor:
         self._check_names(values)
         numbers = {name: float(value) for name, value in values.items()}
         self._write(step, numbers)
-        self._console.message("  ".join([f"step {step}", *(f"{name} {value:.4g}" for name, value in numbers.items())]))
+        if not quiet:
+            self._console.message(
+                "  ".join([f"step {step}", *(f"{name} {value:.4g}" for name, value in numbers.items())])
+            )
 
     def message(self, text: str) -> None:
         """Show one line on rank 0's console."""
@@ -190,14 +200,14 @@ class Monitor:
         own = torch.tensor([*phases, wait, memory_gib(self.device)], dtype=torch.float64).to(self.device)
         row = torch.cat([self.meters.totals().flatten(), own])
         if self.world_size > 1:
-            rows = row.new_empty(self.world_size * len(row))
-            dist.all_gather_into_tensor(rows, row)
-            row = rows
+            rows = [torch.empty_like(row) for _ in range(self.world_size)]
+            dist.all_gather(rows, row)
+            row = torch.cat(rows)
         return row.view(self.world_size, -1).cpu().numpy()
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._jsonl is not None:
-            head: dict[str, Any] = {"step": step, "images": self.clock.images}
+            head: dict[str, Any] = {"step": step, "images": step * self.clock.batch}
             if self.epoch_steps:
                 head["epoch"] = round(step / self.epoch_steps, 4)
             head["seconds"] = round(self.clock.elapsed, 3)

@@ -99,5 +99,7 @@ def apply_step_values(optimizer: torch.optim.Optimizer, values: StepValues) -> N
     """Set every group's ``lr`` and ``weight_decay`` for the coming step."""
     for group in optimizer.param_groups:
         rate = values.prototype_learning_rate if group["is_prototype"] else values.learning_rate
-        group["lr"] = rate * group["lr_mult"]
+        factor = values.backbone_factor if group["part"] == "backbone" else 1.0
+        # Weight decay and momentum act through the rate: with a rate of 0 a parameter keeps its bits.
+        group["lr"] = rate * group["lr_mult"] * factor
         group["weight_decay"] = values.weight_decay * group["wd_mult"]

@@ -47,6 +47,17 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Frozen:
+    """0 for ``steps`` steps, then ``value``."""
+
+    value: float
+    steps: int
+
+    def __call__(self, step: int) -> float:
+        return self.value if step >= self.steps else 0.0
+
+
+@dataclass(frozen=True)
 class Cosine:
     """Zero for ``freeze`` steps, ``warmup`` linear steps to ``start``, half a cosine towards ``end``, then ``end``.
 
@@ -92,6 +103,8 @@ class StepValues:
     weight_decay: float
     teacher_momentum: float
     teacher_temperature: float
+    backbone_factor: float = 1.0
+    """Further factor on the backbone's learning rate; 0 while it is frozen."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +116,7 @@ class Schedules:
     teacher_momentum: Cosine
     teacher_temperature: Linear
     freeze_prototypes_steps: int
+    backbone_factor: Frozen
 
     def __call__(self, step: int) -> StepValues:
         learning_rate = self.learning_rate(step)
@@ -113,6 +127,7 @@ class Schedules:
             weight_decay=self.weight_decay(step),
             teacher_momentum=self.teacher_momentum(step),
             teacher_temperature=self.teacher_temperature(step),
+            backbone_factor=self.backbone_factor(step),
         )
 
 
@@ -130,11 +145,15 @@ def build_schedules(
     teacher_temperature: float,
     teacher_temperature_warmup_steps: int,
     freeze_prototypes_steps: int,
+    freeze_backbone_steps: int = 0,
+    backbone_learning_rate: float = 1.0,
 ) -> Schedules:
     """Return the schedules of a run (DINOv2, arXiv 2304.07193, appendix B).
 
     Lengths are in steps; ``learning_rate`` is the peak, already scaled to the batch (:func:`scaled_learning_rate`). The
     temperature's warm-up and the frozen steps may be longer than the run. Raises UserError if the warm-up is.
+    A run that continues a trained backbone keeps it as it is for ``freeze_backbone_steps`` while the heads learn to
+    read it, then trains it with ``backbone_learning_rate`` times the others' rate.
     """
     return Schedules(
         learning_rate=Cosine(learning_rate, min_learning_rate, total_steps, warmup=warmup_steps),
@@ -142,6 +161,7 @@ def build_schedules(
         teacher_momentum=Cosine(teacher_momentum, teacher_momentum_end, total_steps),
         teacher_temperature=Linear(teacher_temperature_start, teacher_temperature, teacher_temperature_warmup_steps),
         freeze_prototypes_steps=freeze_prototypes_steps,
+        backbone_factor=Frozen(backbone_learning_rate, freeze_backbone_steps),
     )
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from dinov2_fsdp.errors import UserError
 
+LIFE = "DINOV2_FSDP_LIFE"
+
 
 @dataclass(frozen=True)
 class Place:
@@ -18,10 +20,20 @@ class Place:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    address: str = "127.0.0.1"
+    """Host of rank 0."""
+    port: int = 0
+    """Port at which rank 0 meets the others."""
+    life: int | None = None
+    """Number of the run's life, where a scheduler's job counts them: an earlier one may not save any more."""
+    attempt: int = 0
+    """How often torchrun has started these processes before."""
 
     def to_environment(self, address: str, port: int) -> dict[str, str]:
         """Return the variables that a child process needs to stand here."""
+        life = {} if self.life is None else {LIFE: str(self.life)}
         return {
+            **life,
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
             "LOCAL_RANK": str(self.local_rank),
@@ -41,7 +53,16 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
     if not started_by_launcher(environment):
         return Place()
     rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    return Place(rank, size, int(environment.get("LOCAL_RANK", rank)), int(environment.get("LOCAL_WORLD_SIZE", size)))
+    return Place(
+        rank,
+        size,
+        int(environment.get("LOCAL_RANK", rank)),
+        int(environment.get("LOCAL_WORLD_SIZE", size)),
+        environment.get("MASTER_ADDR", "127.0.0.1"),
+        int(environment.get("MASTER_PORT", 0)),
+        int(environment[LIFE]) if LIFE in environment else None,
+        int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
+    )
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ, devices: Path = Path("/dev")) -> int:

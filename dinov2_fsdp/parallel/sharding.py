@@ -11,8 +11,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-from dinov2_fsdp.config import ParallelConfig
+from dinov2_fsdp.config import Config, ParallelConfig
 from dinov2_fsdp.errors import UserError
+from dinov2_fsdp.models.attention import resolve_backend
 from dinov2_fsdp.parallel.world import World
 from dinov2_fsdp.ssl.network import Network
 
@@ -57,3 +58,19 @@ def parallelise(network: Network, config: ParallelConfig, mesh: DeviceMesh, prec
     # A root left alone keeps its gathered weights after a forward pass without gradients, for ever.
     fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=not trained)
     register_fsdp_forward_method(network, "features")
+
+
+def build_networks(config: Config, world: World) -> tuple[Network, Network]:
+    """Return the sharded student and teacher, on the meta device until every shard knows its place, then filled."""
+    mesh = build_mesh(config.parallel, world)
+    networks = []
+    for trained in (True, False):
+        with torch.device("meta"):
+            network = Network(config)
+        network.backbone.set_attention_backend(resolve_backend(config.parallel.attention, world.device))
+        if not trained:
+            network.requires_grad_(False)
+        parallelise(network, config.parallel, mesh, config.train.precision, trained)
+        network.to_empty(device=world.device)
+        networks.append(network)
+    return networks[0], networks[1]

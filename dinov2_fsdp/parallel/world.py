@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,10 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    store: dist.Store | None = None
+    """What threads share short texts with other ranks through; None for a world of one."""
+    served: dist.Store | None = None
+    """The same store as rank 0 serves it, which lives as long as the world does."""
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -44,15 +49,34 @@ def start_world(config: ParallelConfig, place: Place, deterministic: bool = Fals
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # costs a pass over memory
     if kind == "cuda":
         torch.cuda.set_device(device)
+    # A hung rank is named by `Pulse` after the configured time; the collectives' own limit comes after that.
+    limit = timedelta(seconds=1.2 * config.timeout + 30)
+    common: dist.Store
+    if place.world_size == 1:
+        common = dist.HashStore()
+    else:
+        common, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=limit))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
         rank=place.rank,
         world_size=place.world_size,
-        timeout=timedelta(seconds=config.timeout),
-        store=dist.HashStore() if place.world_size == 1 else None,
+        timeout=limit,
+        store=dist.PrefixStore("groups", common),
         device_id=device if kind == "cuda" else None,
     )
-    return World(place.rank, place.world_size, place.local_rank, device)
+    return World(place.rank, place.world_size, place.local_rank, device, _store(place), common)
+
+
+def _store(place: Place) -> dist.Store | None:
+    """Return a connection of its own to the ranks' store: one that a waiting collective does not block."""
+    if place.world_size == 1:
+        return None
+    return dist.TCPStore(place.address, place.port, is_master=False, timeout=timedelta(seconds=60))
+
+
+def cpu_group(world: World) -> dist.ProcessGroup | None:
+    """Return a group of all ranks for what lies in host memory, apart from the step's; None for a world of one."""
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if world.size > 1 else None
 
 
 def end_world() -> None:

@@ -1,0 +1,309 @@
+"""What the commands of all tasks share: their flags, the backbone that is looked at, and the world of processes.
+
+A task's settings are a dataclass whose fields are its flags: a field ``train_batch`` is ``--train-batch``, and the text
+below a field is its help. Fields that a run's ``eval`` section has too (``size``, ``batch``, …) default to that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from dinov2_fsdp.config import Config, ParallelConfig
+from dinov2_fsdp.data.sources import Source, open_source
+from dinov2_fsdp.errors import UserError
+from dinov2_fsdp.models.vision_transformer import VisionTransformer
+from dinov2_fsdp.parallel.place import place_from_environment, started_by_launcher
+from dinov2_fsdp.parallel.world import World, end_world, start_world
+from dinov2_fsdp.weights import load_backbone, untrained_backbone
+from eval.features import PRECISIONS, Features, choose_device, frozen, pixel_features
+from eval.results import PARTIAL, folder_of, record, run_of
+
+Settings = TypeVar("Settings")
+
+
+@dataclass
+class Subject:
+    """What is evaluated, and where.
+
+    ``backbone`` is ``teacher``, ``untrained`` or ``pixels``; ``model`` is None for pixels; ``run`` is the run directory
+    that the weights belong to, None where there is none.
+    """
+
+    backbone: str
+    model: VisionTransformer | None
+    step: int | None
+    config: Config | None
+    checkpoint: str | None
+    run: Path | None
+    world: World
+    precision: str = "fp32"
+
+    def __str__(self) -> str:
+        return f"{self.backbone}, step {self.step}" if self.step else self.backbone
+
+    @property
+    def patch(self) -> int:
+        """Side of the backbone's patches, pixels; 1 for pixels."""
+        return 1 if self.model is None else self.model.patch_size
+
+    def features(self, size: int, blocks: Sequence[int] = ()) -> Features:
+        """Return the frozen forward for crops of ``size`` pixels; see :func:`eval.features.frozen`."""
+        if self.model is None:
+            return pixel_features
+        return frozen(self.model, size, self.world.device, precision=self.precision, blocks=blocks)
+
+    def last_blocks(self, count: int) -> list[int]:
+        """Return the numbers of the last ``count`` blocks, of as many as there are."""
+        depth = 1 if self.model is None else len(self.model.blocks)
+        return list(range(-min(count, depth), 0))
+
+    def key(self, **other: Any) -> dict[str, Any]:
+        """Return what kept features depend on beside the images."""
+        names = {"backbone": self.backbone, "step": self.step, "checkpoint": self.checkpoint}
+        return {**names, "precision": self.precision, **other}
+
+    def name(self, task: str) -> str:
+        """Return the folder of ``task`` for this backbone."""
+        return task if self.backbone == "teacher" else f"{task}_{self.backbone}"
+
+
+def build_parser(prog: str, description: str, settings: type, *, pixels: bool = False) -> argparse.ArgumentParser:
+    """Return a parser with the flags that all tasks share and one for each field of ``settings``.
+
+    Args:
+        pixels: offer ``--pixels``.
+    """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog="Data and sizes default to the run's config (eval.train or data.train, eval.test, eval.size, …). "
+        "Several processes share the work: torchrun --standalone --nproc-per-node N " + prog,
+    )
+    add = parser.add_argument
+    add("--weights", metavar="PATH", help="a run directory, one of its checkpoints, or a weights file")
+    add("--step", type=int, help="which checkpoint of the run; by default the newest")
+    which = parser.add_mutually_exclusive_group()
+    if pixels:
+        which.add_argument("--pixels", action="store_true", help="use raw pixels as features: the baseline to beat")
+    which.add_argument("--untrained", action="store_true", help="the run's backbone before its first step")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute (default: auto)")
+    add("--precision", default="fp32", choices=tuple(PRECISIONS), help="of the backbone's forward (default: fp32)")
+    add("--workers", type=int, default=0, help="processes that decode images (default: 0, in this one)")
+    add("--output", metavar="DIR", help="where to write results.json; by default RUN/eval/step_…/TASK")
+    add_settings(parser, settings)
+    return parser
+
+
+def add_data(parser: argparse.ArgumentParser, train: str, test: str) -> None:
+    """Add ``--train SPEC`` and ``--test SPEC``, which hold what the texts say."""
+    parser.add_argument("--train", metavar="SPEC", help=train)
+    parser.add_argument("--test", metavar="SPEC", help=test)
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
+    """Add a flag for each field of the dataclass ``settings``; one that is not given stays None."""
+    group = parser.add_argument_group("settings")
+    documented = _docs(settings)
+    for field in fields(settings):
+        kind = str(field.type)
+        flag = f"--{field.name.replace('_', '-')}"
+        default = field.default
+        if isinstance(default, tuple):
+            default = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in default)
+        text = documented[field.name].replace("%", "%%") + ("" if default in (None, "") else f" (default: {default})")
+        if kind.startswith("bool"):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+            continue
+        single = {"int": int, "float": float, "str": str}[
+            kind.removeprefix("tuple[").split(",")[0].split(" ")[0].rstrip("]")
+        ]
+        many = kind.startswith("tuple")
+        group.add_argument(flag, type=single, nargs="+" if many else None, metavar=_metavar(single), help=text)
+
+
+def read_settings(arguments: argparse.Namespace, defaults: Settings, config: Config | None) -> Settings:
+    """Return the settings: what flags say, else what the run's ``eval`` section says, else the defaults."""
+    result = defaults
+    names = [field.name for field in fields(defaults)]  # type: ignore[arg-type]
+    if config is not None:
+        shared = {name: getattr(config.eval, name) for name in names if hasattr(config.eval, name)}
+        result = replace(result, **shared)  # type: ignore[type-var]
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    return replace(result, **{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})  # type: ignore[type-var]
+
+
+def require_positive(settings: Any, *names: str, zero: Sequence[str] = ()) -> None:
+    """Refuse settings that are not above 0 (those in ``zero``: below 0).
+
+    Raises:
+        UserError: naming the flag.
+    """
+    for name in (*names, *zero):
+        values = getattr(settings, name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if value < 0 or (value == 0 and name not in zero):
+                valid = "a number of at least 0" if name in zero else "a number above 0"
+                raise UserError(f"--{name.replace('_', '-')} {value} is impossible; valid: {valid}")
+
+
+def check_sizes(settings: Any) -> None:
+    """Refuse an impossible ``resize``, ``size`` or ``batch``. Raises :class:`UserError`."""
+    require_positive(settings, "resize", "size", "batch")
+    if settings.resize < settings.size:
+        raise UserError(f"--resize {settings.resize} is smaller than --size {settings.size}; valid: at least the size")
+
+
+@contextmanager
+def open_subject(arguments: argparse.Namespace) -> Iterator[Subject]:
+    """Join the other processes, if a launcher started several, and yield what the command line says to evaluate.
+
+    Raises:
+        UserError: there are no weights, or they do not fit.
+    """
+    pixels = getattr(arguments, "pixels", False)
+    if arguments.weights is None and not (pixels and arguments.train and arguments.test):
+        alone = "\n(only --pixels with --train and --test goes without)" if hasattr(arguments, "pixels") else ""
+        raise UserError(f"--weights PATH is needed: a run, a checkpoint or a weights file{alone}")
+    joined = started_by_launcher()
+    if joined:
+        world = start_world(ParallelConfig(device=arguments.device), place_from_environment())
+    else:
+        world = World(0, 1, 0, choose_device(arguments.device))
+    try:
+        yield _load(arguments, pixels, world)
+    finally:
+        if joined:
+            end_world()
+
+
+def _load(arguments: argparse.Namespace, pixels: bool, world: World) -> Subject:
+    if arguments.weights is None:
+        return Subject("pixels", None, 0, None, None, None, world)
+    loaded = load_backbone(arguments.weights, step=arguments.step)
+    run = run_of(Path(arguments.weights))
+    common = {"config": loaded.config, "run": run, "world": world, "precision": arguments.precision}
+    if pixels:
+        return Subject("pixels", None, 0, checkpoint=None, **common)
+    if arguments.untrained:
+        if loaded.config is None:
+            raise UserError(
+                f"--untrained needs a run's config, which {arguments.weights} does not hold; give a run directory"
+            )
+        return Subject("untrained", untrained_backbone(loaded.config), 0, checkpoint=None, **common)
+    return Subject("teacher", loaded.model, loaded.step, checkpoint=loaded.source, **common)
+
+
+def specs_of(config: Config | None, train: str | None, test: str | None, task: str) -> tuple[str, str]:
+    """Return the specs of the images to learn from and of the test images: as given, or else as the config says.
+
+    Raises:
+        UserError: one is given nowhere.
+    """
+    if config is not None:
+        train, test = train or config.eval.train or config.data.train, test or config.eval.test
+    for value, name in ((train, "train"), (test, "test")):
+        if value is None:
+            raise UserError(
+                f"{task} needs labelled images; give --{name} SPEC or set eval.{name}=SPEC, e.g. folder:PATH"
+            )
+    assert train is not None
+    assert test is not None
+    return train, test
+
+
+def open_both(config: Config | None, train: str | None, test: str | None, task: str) -> tuple[Source, Source]:
+    """Return both sources of :func:`specs_of`, opened. Raises :class:`UserError`."""
+    first, second = specs_of(config, train, test, task)
+    cache = config.data.cache if config else None
+    return open_source(first, cache), open_source(second, cache)
+
+
+@dataclass
+class Evaluation:
+    """One task on one backbone and its data: where unfinished work and results go.
+
+    Args:
+        task: its name. data: has the specs ``train`` and ``test``. output: ``--output``.
+    """
+
+    subject: Subject
+    task: str
+    settings: Any
+    data: dict[str, Any]
+    output: str | None = None
+
+    def __post_init__(self) -> None:
+        self.started = time.monotonic()
+
+    def partial(self, name: str) -> Path | None:
+        """Return the folder of features that an interrupted evaluation goes on from; None where nothing is kept."""
+        s = self.subject
+        folder = folder_of(s.run, s.step, s.name(self.task), self.data, self.output)
+        return None if folder is None else folder / PARTIAL / name
+
+    def finish(self, metric: str, metrics: dict[str, float], **more: Any) -> Path | None:
+        """Record the results (rank 0), remove what was kept for an interruption, and return the file of the results.
+
+        Args:
+            metric: which of ``metrics`` stands for the task.
+            more: further entries of ``results.json``; ``data`` is added to what is known of the data.
+        """
+        subject = self.subject
+        if subject.world.rank != 0:
+            return None
+        device = subject.world.device
+        results = {
+            "task": self.task,
+            "backbone": subject.backbone,
+            "checkpoint": subject.checkpoint,
+            "step": subject.step,
+            "settings": asdict(self.settings)
+            | {"device": str(device), "processes": subject.world.size, "precision": subject.precision},
+            "metrics": metrics,
+            "data": {**self.data, **more.pop("data", {})},
+            "seconds": round(time.monotonic() - self.started, 2),
+            "peak_memory_gib": round(peak_memory_gib(device), 3),
+            **more,
+        }
+        partial = self.partial("")
+        file = record(results, subject.name(self.task), metric, subject.run, self.output)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        return file
+
+
+def _docs(settings: type) -> dict[str, str]:
+    docs: dict[str, str] = {}
+    for cls in reversed([base for base in settings.__mro__ if hasattr(base, "__dataclass_fields__")]):
+        body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+        for statement, following in pairwise(body):
+            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+                docs[statement.target.id] = " ".join(following.value.value.split())  # type: ignore[attr-defined,union-attr]
+    return docs
+
+
+def _metavar(single: type) -> str:
+    return {int: "N", float: "X", str: "TEXT"}[single]
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return GiB: the most that torch allocated on a GPU, or the most memory that this process held on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # Unix only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

@@ -1,0 +1,1 @@
+"""Runs as SLURM jobs: options, checks, submission through submitit, what happens inside the job, following it."""

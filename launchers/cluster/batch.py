@@ -1,0 +1,225 @@
+"""What a job's batch script does around srun: begin a life, and at its end decide what becomes of the run.
+
+    python -m launchers.cluster.batch begin FOLDER        prints the settings of the ranks, for the shell
+    python -m launchers.cluster.batch end FOLDER CODE     CODE: srun's
+
+SLURM's own ways to end a life (time limit, preemption, `scontrol requeue`, a lost node) and the run's faults all
+come by here, so that one place counts them and knows their limits. No torch.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from dinov2_fsdp.errors import EXIT_FAILED, EXIT_USER_ERROR
+from launchers.cluster.allocation import Allocation, allocation_from_environment, node_name
+from launchers.cluster.controller import PATIENCE, state_of
+from launchers.cluster.lives import FAILED, FINISHED, INTERRUPTED, MISTAKE, Cause, Decision, Life, Lives, decide, judge
+from launchers.cluster.progress import last_step
+from launchers.cluster.submission import Member, Submission
+
+_PORTS = range(20000, 32000)
+"""Below those that Linux hands out by itself."""
+
+
+def main() -> int:
+    verb, folder = sys.argv[1], Path(sys.argv[2])
+    allocation = allocation_from_environment()
+    submission = Submission.read(folder)
+    member = submission.members[allocation.member]
+    if verb == "begin":
+        return begin(folder, submission, member, allocation)
+    return end(folder, submission, member, allocation, int(sys.argv[3]))
+
+
+def begin(folder: Path, submission: Submission, member: Member, allocation: Allocation) -> int:
+    """Start a life: print what its ranks need as shell code, or why there may be none."""
+    lives = Lives(Path(member.run_dir))
+    _settle_lost(lives, folder, member, allocation)
+    earlier = _of(lives, folder)
+    if earlier:
+        decision = decide(earlier, submission.max_requeues, submission.max_restarts)
+        if not decision.again and earlier[-1].outcome != FINISHED:
+            _say(f"{member.name} is not started again: {decision.reason}")
+            return EXIT_FAILED
+    _bring_pickle(folder, allocation)
+    ports = free_ports(allocation.number, len(lives.all()))
+    life = lives.begin(allocation.job, str(folder), allocation.restarts, allocation.nodes, ports)
+    _say(_headline(life, member))
+    settings = {
+        "MASTER_ADDR": allocation.nodes[0],
+        "MASTER_PORT": str(ports[0]),
+        "DINOV2_FSDP_LIFE": str(life.number),
+    }
+    print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in settings.items()))
+    return 0
+
+
+def _headline(life: Life, member: Member) -> str:
+    now = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(life.started))
+    nodes = ", ".join(life.nodes[:4]) + (f" and {len(life.nodes) - 4} more" if len(life.nodes) > 4 else "")
+    step = last_step(Path(member.run_dir))
+    return f"=== life {life.number} of {member.name}, job {life.job}, {now}, on {nodes}, from step {step}"
+
+
+def _settle_lost(lives: Lives, folder: Path, member: Member, allocation: Allocation) -> None:
+    """End the lives of which nobody could say the end: their batch script went away with its node."""
+    for life in _of(lives, folder):
+        if life.outcome is None:
+            said = lives.said(life.number, "outcome").get("outcome")
+            life.outcome = said or FAILED
+            life.cause = (
+                None if said else Cause("lost", f"its first node, {life.nodes[0]}, or its batch script was lost")
+            )
+            life.step, life.ended, life.next = (
+                last_step(Path(member.run_dir)),
+                time.time(),
+                "SLURM started the job again",
+            )
+            lives.end(life)
+            _say(f"life {life.number} ended without a word: {life.cause or life.outcome}")
+
+
+def _of(lives: Lives, folder: Path) -> list[Life]:
+    return [life for life in lives.all() if life.submission == str(folder)]
+
+
+def _bring_pickle(folder: Path, allocation: Allocation) -> None:
+    """Give submitit what it looks for under this job's number, and take away what an earlier life left there."""
+    for old in folder.glob(f"{allocation.job}_*_result.pkl*"):
+        old.unlink(missing_ok=True)
+    wanted = folder / f"{allocation.job}_submitted.pkl"
+    # It is moved into place only after sbatch has returned, which may be after the job has started.
+    suffix = f"_{allocation.member}_submitted.pkl" if "_" in allocation.job else "_submitted.pkl"
+    others = [path for path in folder.glob(f"*{suffix}") if path != wanted]
+    if not wanted.exists() and others:
+        shutil.copyfile(others[0], wanted)
+
+
+def free_ports(job: str, life: int, count: int = 2) -> list[int]:
+    """Return ports of this node that nobody listens at, other ones for every job and life.
+
+    Jobs that start together on a node would both find the same port free, so each begins to look elsewhere.
+    """
+    start = (int(job) * 64 + life * 4) % len(_PORTS)
+    found: list[int] = []
+    for offset in range(len(_PORTS)):
+        port = _PORTS[(start + offset) % len(_PORTS)]
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        found.append(port)
+        if len(found) == count:
+            return found
+    raise RuntimeError(f"no free port between {_PORTS[0]} and {_PORTS[-1]} on {node_name()}")
+
+
+def end(folder: Path, submission: Submission, member: Member, allocation: Allocation, code: int) -> int:
+    """End a life and decide: done, again (requeued here, unless SLURM does it by itself), or stopped."""
+    lives, run_dir = Lives(Path(member.run_dir)), Path(member.run_dir)
+    mine = [life for life in _of(lives, folder) if life.job == allocation.job and life.restarts == allocation.restarts]
+    life = mine[-1]
+    if lives.latest() != life.number:
+        _say(f"life {life.number} is over: life {lives.latest()} has taken the run; this script leaves it alone")
+        return EXIT_FAILED
+    failures = lives.failures(life.number)
+    said = lives.said(life.number, "outcome").get("outcome")
+    life.outcome, life.cause = judge(code, said, failures, _log_of(folder, allocation, life))
+    life.step, life.ended = last_step(run_dir), time.time()
+    decision = decide([*_of(lives, folder)[:-1], life], submission.max_requeues, submission.max_restarts)
+    state = state_of(allocation.number)
+    # SLURM starts a job again after a preemption, a requeue and a lost node, but not after its time limit.
+    out_of_time = life.cause is not None and "time limit" in life.cause.what
+    if not decision.again:
+        life.next = "nothing"
+    else:
+        life.next = "requeued" if state == "RUNNING" or out_of_time else "SLURM decides"
+    _report(life, folder, allocation, run_dir, decision, state)
+    # Before the requeue: SLURM may end this script with it.
+    lives.end(life)
+    if life.next == "requeued":
+        bad = life.cause.nodes if life.cause and submission.preflight == "exclude" else ()
+        return 0 if _start_again(folder, allocation, bad) else EXIT_FAILED
+    return {FINISHED: 0, INTERRUPTED: 0, MISTAKE: EXIT_USER_ERROR}.get(life.outcome or FAILED, EXIT_FAILED)
+
+
+def _log_of(folder: Path, allocation: Allocation, life: Life) -> str:
+    """Return what the batch log holds of a life."""
+    try:
+        text = (folder / f"{allocation.job}_batch.log").read_text(errors="replace")
+    except OSError:
+        return ""
+    return text.rpartition(f"=== life {life.number} of ")[2]
+
+
+def _report(life: Life, folder: Path, allocation: Allocation, run_dir: Path, decision: Decision, state: str) -> None:
+    assert life.ended is not None
+    lasted = f"{life.ended - life.started:.0f} s"
+    if life.cause is None:
+        _say(f"life {life.number}: {life.outcome} at step {life.step} after {lasted}")
+    else:
+        _say(f"life {life.number}: {life.outcome} at step {life.step} after {lasted}: {life.cause}")
+        if life.cause.rank is not None and life.outcome != INTERRUPTED:
+            rank = life.cause.rank
+            output = folder / f"{allocation.job}_{rank}_log.err"
+            _say(f"failed first: rank {rank}; see {run_dir / 'logs' / f'rank_{rank}.log'} and {output}")
+    if life.outcome != FINISHED:
+        _say(
+            {"requeued": "the job is requeued: ", "nothing": "the run stops: "}.get(life.next or "", "")
+            + decision.reason
+        )
+    if life.next == "SLURM decides":
+        _say(f"SLURM has the job as {state}: it starts it again, unless it was cancelled")
+
+
+def _start_again(folder: Path, allocation: Allocation, bad_nodes: tuple[str, ...]) -> bool:
+    """Requeue this job, without ``bad_nodes``; where the cluster does not allow it, submit the same script anew."""
+    job, script = allocation.number, folder / f"{allocation.job.partition('_')[0]}_submission.sh"
+    # Before the requeue, which changes what `scontrol show` says.
+    excluded = ",".join(dict.fromkeys([*_excluded(job), *bad_nodes]))
+    if _scontrol("requeue", job):
+        if bad_nodes and not _scontrol("update", f"JobId={job}", f"ExcNodeList={excluded}"):
+            _say(f"SLURM does not let the job leave out {', '.join(bad_nodes)}; it may meet them again")
+        return True
+    command = ["sbatch", *([f"--exclude={excluded}"] if bad_nodes else [])]
+    if "_" in allocation.job:
+        command.append(f"--array={allocation.member}")
+    result = _run(*command, str(script))
+    _say(" ".join((result.stdout + result.stderr).split()))
+    return result.returncode == 0
+
+
+def _excluded(job: str) -> list[str]:
+    match = re.search(r"ExcNodeList=(\S+)", _run("scontrol", "show", "job", job).stdout)
+    return [] if match is None or match[1] == "(null)" else [match[1]]
+
+
+def _scontrol(*arguments: str) -> bool:
+    result = _run("scontrol", *arguments)
+    if result.returncode:
+        _say(f"scontrol {arguments[0]}: {' '.join((result.stderr or result.stdout).split())}")
+    return result.returncode == 0
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return subprocess.CompletedProcess(command, EXIT_FAILED, "", str(error))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,469 @@
+"""launchers/slurm.py as a user meets it on a login node: what it prints, submits and refuses. No cluster is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dinov2_fsdp.errors import UserError
+from launchers import slurm
+from launchers.cluster import checks, controller, options, progress
+from launchers.cluster.allocation import without_job
+from launchers.cluster.batch import free_ports
+from launchers.cluster.submission import Submission
+from launchers.cluster.training import launch
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCHER = str(ROOT / "launchers" / "slurm.py")
+GOLDEN = Path(__file__).with_name("golden") / "vitg14.sbatch.txt"
+CPU = ("parallel.device=cpu", "train.batch=8", "train.microbatch=2", "data.workers=1", "data.train=scenes:n=24,size=32")
+
+
+@pytest.fixture(autouse=True)
+def no_site_of_this_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no settings"))
+
+
+@pytest.fixture
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+Stub = Callable[..., Path]
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
+    """Commands of SLURM that say what a test wants: `stub(sinfo="echo …")` returns their folder."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def write(**commands: str) -> Path:
+        defaults = {
+            "sinfo": "echo 'low*|up|infinite|4|64|gpu:8'; echo 'short|up|1:00:00|2|32|(null)'; echo 'old|down|1:00|1|8|'",
+            "squeue": "exit 1",
+            "scontrol": "exit 1",
+            "srun": "exit 1",
+            "sbatch": f'cp "${{@: -1}}" "{folder}/script"; env >"{folder}/env"; echo "Submitted batch job 77"',
+        }
+        for name, body in {**defaults, **commands}.items():
+            (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+            (folder / name).chmod(0o755)
+        return folder
+
+    return write
+
+
+def start(*arguments: str) -> int:
+    return launch(slurm.parse([*arguments]))
+
+
+def refusal(*arguments: str) -> str:
+    """The message with which a command is refused: at most five lines."""
+    with pytest.raises(UserError) as caught:
+        start(*arguments)
+    assert len(str(caught.value).splitlines()) <= 4
+    return str(caught.value)
+
+
+def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, LAUNCHER, *arguments], capture_output=True, text=True, cwd=cwd, timeout=120, check=False
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Without a cluster.
+
+
+def test_the_mission_s_command_prints_its_script_environment_and_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")  # not even the cluster's commands
+    result = command("--nodes", "16", "--config", str(ROOT / "configs" / "vitg14.yaml"), "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    printed = result.stdout.replace(str(tmp_path), "$PWD").replace(sys.executable, "$PYTHON")
+    assert printed == GOLDEN.read_text()
+    assert not list(tmp_path.glob("runs"))
+
+
+def test_neither_help_nor_a_dry_run_nor_a_submission_imports_torch(stub: Stub, working_folder: Path) -> None:
+    stub()
+    code = (
+        "import sys; sys.argv = ['slurm.py', *sys.argv[1:]]; sys.path.insert(0, %r)\n"
+        "from launchers import slurm\n"
+        "slurm.main()\n"
+        "assert not {'torch', 'torchvision'} & sys.modules.keys(), 'torch is imported'\n"
+    ) % str(ROOT)
+    for extra in (["--dry-run"], []):
+        arguments = [sys.executable, "-c", code, "--output-dir", "run", *CPU, *extra]
+        result = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+        assert result.returncode == 0, result.stderr
+
+
+def test_help_loads_nothing_that_takes_long() -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from launchers import slurm; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "omegaconf", "submitit", "numpy", "rich"} & set(loaded)
+    result = command("--help")
+    assert result.returncode == 0
+    assert "--max-restarts" in result.stdout
+
+
+def test_without_slurm_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch, working_folder: Path) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    message = refusal("--output-dir", "run", *CPU)
+    assert "sinfo is not on PATH" in message
+    assert "launchers/local.py" in message
+    assert not (working_folder / "run").exists()
+
+
+def test_a_mistake_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
+    result = command("--output-dir", str(tmp_path / "run"), "train.bacth=8")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: unknown key 'train.bacth'; did you mean '")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--nodes", "0"], "--nodes 0 is impossible"),
+        (["--time", "soon"], "--time 'soon' is not understood; valid: minutes"),
+        (["--time", "0:00"], "--time '0:00' is no time at all"),
+        (["--mem", "much"], "--mem 'much' is not understood"),
+        (["--max-restarts", "-1"], "--max-restarts -1 is impossible; valid: 0 or more"),
+        (["--time", "10", "--signal-seconds", "700"], "leaves nothing of --time 10 (600 s)"),
+        (["--slurm", "output=x"], "--slurm output=… would break the job"),
+        (["--slurm", "=3"], "--slurm '=3' is not of the form KEY=VALUE"),
+        (["--env", "WORD"], "--env 'WORD' is not of the form KEY=VALUE"),
+        (["--env", "1A=2"], "--env 1A=… is no name of a variable"),
+        (["--gpus-per-node", "2"], "--gpus-per-node 2: parallel.device=cpu would leave them idle"),
+        (["--tasks-per-node", "3"], "valid numbers of processes: 1, 2, 4"),
+        (["--site", "nowhere.yaml"], "--site nowhere.yaml does not exist"),
+        (["--array", "seed=0,,1"], "--array 'seed=0,,1' has an empty value"),
+        (["--output-dir", "a\nb"], "holds a line break, which sbatch cannot have in paths"),
+        (["--output-dir", "100%"], "holds '%', which sbatch cannot have in paths"),
+        (["data.train=imgnet:/data"], "imgnet"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_an_option_is_said(
+    arguments: list[str], words: str, working_folder: Path, stub: Stub
+) -> None:
+    stub()
+    assert words in refusal("--output-dir", "run", *arguments, *CPU[:4], *([] if "data" in arguments[0] else CPU[4:]))
+    assert not list(working_folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("90", 90), ("90:30", 91), ("2:00:00", 120), ("1-0", 1440), ("1-2:30:00", 1590), ("24h", 1440), ("3d", 4320),
+     ("1.5h", 90), ("0:01", 1)],
+)  # fmt: skip
+def test_time_limits_are_read_as_sbatch_reads_them(text: str, minutes: int) -> None:
+    assert options.parse_minutes(text) == minutes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Against a cluster that says what the test wants.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--partition", "lwo"], "partition 'lwo' does not exist; did you mean 'low'?\nvalid: low, short, old"),
+        (["--partition", "old"], "partition 'old' is down; up are: low, short"),
+        (["--nodes", "8", "train.batch=64"], "--nodes 8: partition 'low' has 4"),
+        (["--cpus-per-gpu", "65"], "1 ranks × 65 cores per node: the nodes of partition 'low' have 64; use --cpus-per-gpu 64"),
+        (["--partition", "short", "--time", "2h"], "--time 2h: partition 'short' allows 60 minutes"),
+        (["--partition", "short", "parallel.device=cuda", "--gpus-per-node", "1"], "have 0; use another --partition"),
+        (["data.train=folder:/nowhere/at/all"], "/nowhere/at/all does not exist here\nwhere only the nodes see it, add --remote"),
+    ],
+)  # fmt: skip
+def test_what_the_cluster_has_not_is_refused(
+    arguments: list[str], words: str, working_folder: Path, stub: Stub
+) -> None:
+    stub()
+    assert words in refusal("--output-dir", "run", *CPU, *arguments)
+    assert not list(working_folder.iterdir())
+
+
+def test_what_sbatch_refuses_is_said_in_its_words(stub: Stub, working_folder: Path) -> None:
+    stub(sbatch="echo \"sbatch: unrecognized option '--colour=red'\" >&2; exit 1")
+    assert "unrecognized option '--colour=red'" in refusal("--output-dir", "run", "--slurm", "colour=red", *CPU)
+    assert not (working_folder / "run" / "slurm").exists()
+
+
+def test_a_controller_that_hangs_is_not_waited_for(
+    stub: Stub, working_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub(sinfo="exec sleep 60")
+    monkeypatch.setattr(controller, "PATIENCE", 0.5)
+    assert "SLURM's controller does not answer: `sinfo` took more than" in refusal("--output-dir", "run", *CPU)
+
+
+def test_a_controller_that_is_down_is_named(stub: Stub, working_folder: Path) -> None:
+    stub(sinfo="echo 'slurm_load_partitions: Unable to contact slurm controller (connect failure)' >&2; exit 1")
+    message = refusal("--output-dir", "run", *CPU)
+    assert "SLURM's controller does not answer: slurm_load_partitions: Unable to contact" in message
+    assert "scontrol ping" in message
+
+
+def test_a_directory_that_cannot_be_written_is_refused(stub: Stub, working_folder: Path) -> None:
+    stub()
+    (working_folder / "file").write_text("")
+    assert "cannot be written: Not a directory" in refusal("--output-dir", "file/run", *CPU)
+
+
+def test_a_directory_in_memory_is_refused(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    mounts.write_text(
+        f"disk / ext4 rw 0 0\nmem {tmp_path}/m\\040emory tmpfs rw 0 0\nserver {tmp_path}/shared nfs4 rw 0 0\n"
+    )
+    (tmp_path / "m emory").mkdir()
+    (tmp_path / "shared").mkdir()
+    with pytest.raises(UserError, match="lies in this machine's memory"):
+        checks.check_shared(tmp_path / "m emory" / "run", mounts)
+    assert checks.check_shared(tmp_path / "shared" / "run", mounts) == []
+    assert "ext4" in checks.check_shared(tmp_path / "elsewhere", mounts)[0]
+
+
+def test_a_submission_tells_job_log_and_what_to_do_with_it(
+    stub: Stub, working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub()
+    assert start("--output-dir", "run", "--nodes", "2", "--tasks-per-node", "2", *CPU) == 0
+    printed = capsys.readouterr().out
+    assert "job 77 submitted: 2 nodes × 2 ranks" in printed
+    assert f"log      {working_folder}/run/slurm/001/77_batch.log" in printed
+    assert "scancel 77" in printed
+    assert "--follow" in printed
+    folder = working_folder / "run" / "slurm" / "001"
+    assert (folder / "77_submitted.pkl").is_file()
+    assert Submission.read(folder).members[0].run_dir == str(working_folder / "run")
+
+
+@pytest.mark.parametrize("name", ["with space", "it's", 'say "x"', "a&b;c", "$HOME", "ünï"])
+def test_a_run_directory_may_have_any_name(name: str, stub: Stub, working_folder: Path) -> None:
+    """The shell finds the script's folders again, whatever they are called."""
+    folder = stub()
+    assert start("--output-dir", name, *CPU) == 0
+    script = (folder / "script").read_text()
+    lines = [line for line in script.splitlines() if line.startswith("cd ")]
+    result = subprocess.run(["bash", "-c", f"{lines[0]}; pwd; ls"], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[0] == str(working_folder / name / "slurm" / "001" / "code")
+    assert "launchers" in result.stdout.split()
+    assert subprocess.run(["bash", "-n", str(folder / "script")], check=False).returncode == 0
+
+
+def test_options_reach_the_script(stub: Stub, working_folder: Path) -> None:
+    folder = stub()
+    start(
+        "--output-dir", "run", "--time", "1h", "--mem", "7G", "--partition", "low", "--account", "lab", "--qos", "fast",
+        "--constraint", "big|new", "--exclude", "n1", "--comment", "a 'run'", "--slurm", "reservation=mine",
+        "--slurm", "exclusive", "--env", "NCCL_DEBUG=INFO", "--interface", "ib0", "--setup", "module load x",
+        "--python", "apptainer exec i.sif python", "--cpu-bind", "none", *CPU,
+    )  # fmt: skip
+    script = (folder / "script").read_text()
+    for line in (
+        "#SBATCH --time=60", "#SBATCH --mem=7G", "#SBATCH --partition=low", "#SBATCH --account=lab", "#SBATCH --qos=fast",
+        "#SBATCH --constraint='big|new'", "#SBATCH --exclude=n1", "#SBATCH --reservation=mine", "#SBATCH --exclusive",
+        "export NCCL_DEBUG=INFO", "export GLOO_SOCKET_IFNAME=ib0", "export NCCL_SOCKET_IFNAME=ib0", "module load x",
+    ):  # fmt: skip
+        assert line in script.splitlines()
+    assert "--cpu-bind=none apptainer exec i.sif python -u -m submitit" in script
+
+
+def test_a_job_gets_nothing_from_the_one_that_submits_it(
+    stub: Stub, working_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stub()
+    inside = {
+        "SLURM_JOB_ID": "5",
+        "SLURM_NODEID": "3",
+        "SBATCH_TIMELIMIT": "1",
+        "RANK": "4",
+        "MASTER_PORT": "9",
+        "LOCAL_RANK": "4",
+    }
+    for name, value in {**inside, "SLURM_CONF": "/etc/slurm.conf", "DINOV2_FSDP_LIFE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    start("--output-dir", "run", *CPU)
+    seen = dict(line.split("=", 1) for line in (folder / "env").read_text().splitlines() if "=" in line)
+    assert not inside.keys() & seen.keys()
+    assert "DINOV2_FSDP_LIFE" not in seen
+    assert seen["SLURM_CONF"] == "/etc/slurm.conf"
+    assert os.environ["RANK"] == "4"
+
+
+def test_outside_of_a_job_the_user_s_own_variables_stay() -> None:
+    environment = {"OMP_NUM_THREADS": "4", "HOME": "/h", "SBATCH_ACCOUNT": "x"}
+    assert without_job(environment) == {"OMP_NUM_THREADS": "4", "HOME": "/h"}
+
+
+def test_a_run_has_one_job_at_a_time(stub: Stub, working_folder: Path) -> None:
+    stub()
+    start("--output-dir", "run", *CPU)
+    stub(squeue="echo '77|PENDING|Resources'")
+    message = refusal("--output-dir", "run", *CPU)
+    assert f"job 77 is at {working_folder / 'run'} already" in message
+    assert "scancel 77" in message
+    stub(squeue="echo '77|FAILED|None'")
+    assert start("--output-dir", "run", *CPU) == 0
+    assert (working_folder / "run" / "slurm" / "002").is_dir()
+
+
+def test_a_directory_with_another_run_is_refused(stub: Stub, working_folder: Path) -> None:
+    stub()
+    (working_folder / "run" / "logs").mkdir(parents=True)
+    (working_folder / "run" / "config.yaml").write_text("seed: 3\n")
+    assert "holds another run, which differs in seed (3 there)" in refusal("--output-dir", "run", *CPU)
+
+
+def test_an_array_has_one_run_for_each_combination(
+    stub: Stub, working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = stub()
+    start("--output-dir", "sweep", "--array", "seed=0,1", "--array", "optim.betas=[0.9,0.99],[0.9,0.999]", *CPU)
+    submission = Submission.read(working_folder / "sweep" / "slurm" / "001")
+    names = [Path(member.run_dir).name for member in submission.members]
+    assert names[0] == "seed=0,optim.betas=[0.9,0.99]".replace("[", "_").replace("]", "_").replace(",", "_")
+    assert len(set(names)) == 4
+    assert "#SBATCH --array=0-3%4" in (folder / "script").read_text()
+    assert "77_3:" in capsys.readouterr().out
+    from dinov2_fsdp.config import load
+
+    configs = [load(member.config) for member in submission.members]
+    assert [(config.seed, config.optim.betas[1]) for config in configs] == [
+        (0, 0.99),
+        (0, 0.999),
+        (1, 0.99),
+        (1, 0.999),
+    ]
+
+
+def test_an_array_may_name_configs(stub: Stub, working_folder: Path) -> None:
+    stub()
+    for name in ("a", "b"):
+        (working_folder / f"{name}.yaml").write_text(f"output_dir: runs/{name}\n")
+    start("--array", "a.yaml,b.yaml", *CPU)
+    submission = Submission.read(working_folder / "runs" / "slurm" / "001")
+    assert [member.run_dir for member in submission.members] == [str(working_folder / "runs" / name) for name in "ab"]
+    (working_folder / "b.yaml").write_text("output_dir: runs/a\n")
+    assert "two runs of the array would share" in refusal("--array", "a.yaml,b.yaml", *CPU)
+    assert "a run has one config" in refusal("--config", "a.yaml", "--array", "b.yaml", *CPU)
+
+
+def test_a_queued_job_has_its_own_copy_of_code_and_config(stub: Stub, working_folder: Path) -> None:
+    stub()
+    start("--output-dir", "run", *CPU)
+    code = working_folder / "run" / "slurm" / "001" / "code"
+    result = subprocess.run(
+        [sys.executable, "-c", "import launchers.cluster.rank, dinov2_fsdp; print(dinov2_fsdp.__file__)"],
+        cwd=code, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert result.stdout.startswith(str(code))
+    assert (code / "COMMIT").read_text().strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The site's file.
+
+
+def test_a_site_file_fills_in_what_the_command_leaves_out(stub: Stub, working_folder: Path) -> None:
+    folder = stub()
+    site = working_folder / "site.yaml"
+    site.write_text(
+        "partition: low\naccount: lab\ntime: 2h\nenv: {A: 1}\nslurm: {reservation: big}\nsetup: [module load a]\n"
+        "preflight: off\n"
+    )
+    start("--output-dir", "run", "--site", str(site), "--account", "mine", "--env", "B=2", "--setup", "b", *CPU)
+    lines = (folder / "script").read_text().splitlines()
+    for line in ("#SBATCH --partition=low", "#SBATCH --account=mine", "#SBATCH --time=120", "export A=1", "export B=2",
+                 "#SBATCH --reservation=big", "module load a", "b"):  # fmt: skip
+        assert line in lines
+    assert Submission.read(working_folder / "run" / "slurm" / "001").preflight == "off"
+
+
+def test_the_user_s_own_site_file_is_found(stub: Stub, working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = stub()
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(working_folder))
+    (working_folder / "dinov2_fsdp").mkdir()
+    (working_folder / "dinov2_fsdp" / "slurm.yaml").write_text("qos: fast\n")
+    start("--output-dir", "run", *CPU)
+    assert "#SBATCH --qos=fast" in (folder / "script").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("partitoin: low", "unknown key 'partitoin'; did you mean 'partition'?"),
+        ("nodes: many", "'nodes' holds 'many'; it needs a whole number"),
+        ("slurm: fast", "'slurm' holds 'fast'; it needs lines like"),
+        ("preflight: maybe", "'preflight' holds 'maybe'; valid: warn, exclude, off"),
+        ("[1, 2]", "must hold lines like"),
+        ("a: b: c", "cannot be read as YAML"),
+        ("x: !!python/object/apply:os.system [touch hacked]", "cannot be read as YAML"),
+    ],
+)
+def test_what_is_wrong_with_a_site_file_is_said(content: str, words: str, working_folder: Path) -> None:
+    (working_folder / "site.yaml").write_text(content)
+    assert words in refusal("--site", "site.yaml", "--output-dir", "run", *CPU)
+    assert not (working_folder / "hacked").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What follows from measured times; ports.
+
+
+def write_metrics(run: Path, **values: Any) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    line = {
+        "step": 10,
+        "images": 80,
+        "img_per_s": 0.5,
+        "checkpoint/writing_s": 40.0,
+        "checkpoint/stall_s": 1.0,
+        **values,
+    }
+    (run / "metrics.jsonl").write_text(json.dumps(line) + '\n{"step": 11, "ima')
+
+
+def test_the_signal_comes_before_a_step_and_a_save_as_measured(tmp_path: Path) -> None:
+    assert progress.signal_seconds(tmp_path, 8, None, default=300) == 300
+    assert progress.signal_seconds(tmp_path, 8, 10, default=300) == 150  # a quarter of ten minutes
+    write_metrics(tmp_path)
+    # A step of 8 images takes 16 s, a save 41 s; SLURM may be a minute off.
+    assert progress.signal_seconds(tmp_path, 8, None, default=300) == 2 * (16 + 41) + 60
+
+
+def test_a_cut_off_line_of_metrics_is_left_out(tmp_path: Path) -> None:
+    write_metrics(tmp_path)
+    assert progress.last_step(tmp_path) == 10
+
+
+def test_jobs_that_start_together_on_a_node_take_different_ports() -> None:
+    taken = [port for job in range(1000, 1100) for port in free_ports(str(job), 0)]
+    assert len(set(taken)) == len(taken)
+    assert set(free_ports("1000", 1)).isdisjoint(free_ports("1000", 0))
+
+
+def test_a_port_in_use_is_passed_over() -> None:
+    import socket
+
+    first = free_ports("123", 0)
+    with socket.socket() as taken:
+        taken.bind(("", first[0]))
+        taken.listen()
+        assert first[0] not in free_ports("123", 0)
