@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,7 +90,9 @@ def average_precision(ranking: NDArray[np.int64], positive: NDArray[np.int64], j
     return float(np.sum((before + after) / 2) / len(positive))
 
 
-def revisited_map(rankings: NDArray[np.int64], relevance: list[Mapping[str, NDArray[np.int64]]]) -> dict[str, float]:
+def revisited_map(
+    rankings: NDArray[np.int64], relevance: Sequence[Mapping[str, NDArray[np.int64]]]
+) -> dict[str, float]:
     """Return mean average precision, percent, as ``map_easy``, ``map_medium`` and ``map_hard``.
 
     Easy counts easy images as positive and hard ones as junk; medium counts both as positive; hard counts hard images

@@ -56,16 +56,19 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
     """Draw every parameter so large that it matters, whatever the library calls it.
 
     Linear layers keep the variance of their input, so that attention is neither uniform nor one-hot; LayerScale, by
-    default 1e-5, is uniform in [.5, 1.5], since blocks would not show otherwise.
+    default 1e-5, is uniform in [.5, 1.5], since blocks would not show otherwise. What enters the first block is as
+    small as in trained models, so that the epsilon of its norm shows.
     """
     rng = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if ("norm" in name and name.endswith("weight")) or "gamma" in name or "lambda1" in name:
             parameter.uniform_(0.5, 1.5, generator=rng)
-        elif parameter.ndim > 1 and name.endswith("weight"):
-            parameter.normal_(generator=rng).mul_(parameter[0].numel() ** -0.5)
+        elif parameter.ndim == 2 and name.endswith("weight"):
+            parameter.normal_(generator=rng).mul_(parameter.shape[1] ** -0.5)
+        elif parameter.ndim == 1 and "patch_embed" not in name:
+            parameter.normal_(generator=rng).mul_(0.2)
         else:
-            parameter.normal_(generator=rng).mul_(0.2 if parameter.ndim == 1 else 1.0)
+            parameter.normal_(generator=rng).mul_(0.03 if parameter.ndim < 4 else 0.03 * parameter[0].numel() ** -0.5)
 
 
 def images(height: int, width: int, number: int = 1, seed: int = 0) -> Tensor:

@@ -185,6 +185,14 @@ def test_microbatches_that_processes_cannot_share_are_refused() -> None:
     assert [microbatches_per_rank(config, n) for n in (1, 2, 3, 6)] == [6, 3, 2, 1]
 
 
+def test_the_numbers_of_processes_for_a_huge_batch_are_found_at_once() -> None:
+    config = load(None, ["train.batch=2147483640", "train.microbatch=1", "loss.koleo=0"])
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=r"valid numbers of processes: .*, 2147483640;"):
+        microbatches_per_rank(config, 7)
+    assert time.perf_counter() - start < SLOW_MACHINE
+
+
 def test_more_processes_than_gpus_are_refused() -> None:
     with pytest.raises(UserError, match="4 processes need 4 GPUs, but this machine shows 2; use --nproc 2"):
         check_devices("auto", 4, 2)

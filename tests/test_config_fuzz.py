@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
 MUTANTS = 70
 """Of each kind."""
-AT_ONCE = 3.0
-"""Seconds for one file; it takes hundredths where nobody else uses the machine."""
+AT_ONCE = 2.0
+"""Seconds of the processor for one file; it takes hundredths."""
 
 Mutation = Callable[[bytes, np.random.Generator], bytes]
 
@@ -108,7 +108,7 @@ def test_a_mutated_recipe_is_read_or_refused_in_a_few_lines(mutation: Mutation, 
         path = (tmp_path / recipe).with_name("mutant.yaml")
         content = mutation((ROOT / recipe).read_bytes(), rng)
         path.write_bytes(content)
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             config = load(path)
         except UserError as error:
@@ -125,6 +125,6 @@ def test_a_mutated_recipe_is_read_or_refused_in_a_few_lines(mutation: Mutation, 
             path.write_text(to_yaml(config), encoding="utf-8")
             assert load(path) == config, number
             outcomes["read"] += 1
-        assert time.perf_counter() - start < AT_ONCE, (number, content[:2000])
+        assert time.process_time() - start < AT_ONCE, (number, content[:2000])
     # Mutations that all go the same way would test one of the two.
     assert min(outcomes["refused"], outcomes["read"]) >= 3, outcomes

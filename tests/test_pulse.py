@@ -108,6 +108,8 @@ def test_only_the_first_cause_counts() -> None:
     with ranks(2) as (pulses, _):
         assert pulses[1].claim("the cause")
         assert not pulses[0].claim("a consequence")
+        assert not pulses[0].claim("the cause"), "the same words of another rank are the second time they are said"
+        assert pulses[1].claim("the cause")
 
 
 def test_a_named_cause_ends_ranks_that_wait_for_ever(capsys: pytest.CaptureFixture[str]) -> None:

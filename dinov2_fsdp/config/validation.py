@@ -153,7 +153,8 @@ def microbatches_per_rank(config: Config, world_size: int) -> int:
     """
     total = config.train.batch // config.train.microbatch
     if total % world_size:
-        even = [n for n in range(1, total + 1) if total % n == 0]
+        small = [n for n in range(1, math.isqrt(total) + 1) if total % n == 0]
+        even = sorted({*small, *(total // n for n in small)})
         raise UserError(
             f"train.batch={config.train.batch} is {total} microbatches of {config.train.microbatch}, which "
             f"{world_size} processes cannot share evenly\n"

@@ -99,8 +99,10 @@ class Pulse(AbstractContextManager["Pulse"]):
         """Say what ended the run; return False if another rank has said so before, which is then the cause."""
         if self._store is None:
             return True
-        answer = self._ask(lambda store: store.compare_set("cause", "", text))
-        return answer is None or answer.decode() == text
+        # With the rank in front: when all ranks raise the same error, one of them says so.
+        signed = f"{self.world.rank}\n{text}"
+        answer = self._ask(lambda store: store.compare_set("cause", "", signed))
+        return answer is None or answer.decode() == signed
 
     def explain_loss(self, patience: float = SILENCE + 5) -> tuple[str, bool]:
         """Return which rank this one has lost, and whether it falls to this rank to say so.
@@ -114,7 +116,7 @@ class Pulse(AbstractContextManager["Pulse"]):
             if self._store is not None and self._ask(lambda store: store.check(["cause"])):
                 cause = self._ask(lambda store: store.get("cause"))
                 if cause is not None:
-                    return cause.decode(), False
+                    return cause.decode().partition("\n")[2], False
             said = self._said()
             if said is None:
                 text = "rank 0 died or cannot be reached any more"
@@ -172,14 +174,14 @@ class Pulse(AbstractContextManager["Pulse"]):
     def _end_quietly(self) -> None:
         """End this process, because another one has said why the run is over, unless it is ending by itself."""
         if not self._over.wait(GRACE):
-            cause = self._ask(lambda store: store.get("cause")) or b"another rank failed"
-            logger.error("this rank ends because of another: %s", cause.decode())
+            cause = self._ask(lambda store: store.get("cause")) or b"?\nanother rank failed"
+            logger.info("this rank ends because of another: %s", cause.decode().partition("\n")[2])
             self.end(EXIT_FAILED)
 
     def _end(self, text: str, mine: bool | None = None) -> None:
         if self.claim(text) if mine is None else mine:
             print(f"error: {text}", file=sys.stderr, flush=True)
-        logger.error("%s", text)
+        logger.info("%s", text)
         self.end(EXIT_FAILED)
 
     def _hang(self, beats: dict[int, tuple[int, float]]) -> None:
