@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 from torch import Tensor
@@ -132,7 +131,7 @@ def depth_of(logits: Tensor, low: float, high: float) -> Tensor:
     Weights relu(logit) + .1, normalised to a sum of 1 (the "linear" norm of AdaBins' successors), times the bins.
     """
     weights = logits.relu() + BIN_FLOOR
-    bins = torch.linspace(low, high, logits.shape[1], device=logits.device)
+    bins = torch.linspace(low, high, logits.shape[1], device=logits.device, dtype=logits.dtype)
     return torch.einsum("bkhw,k->bhw", weights, bins)[:, None] / weights.sum(dim=1, keepdim=True)
 
 
@@ -301,6 +300,8 @@ def _colour(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def _paint(depth: NDArray[np.floating], high: float) -> NDArray[np.uint8]:
+    from matplotlib import colormaps  # here, since a run that evaluates itself draws nothing
+
     return (colormaps["viridis"](np.clip(depth / max(high, 1e-6), 0, 1))[..., :3] * 255).astype(np.uint8)
 
 

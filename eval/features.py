@@ -94,18 +94,20 @@ def frozen(
     Raises:
         UserError: the patch does not divide the size, or there are fewer blocks.
     """
-    patch, depth = int(model.patch_size), len(model.blocks)  # type: ignore[arg-type]
+    patch = int(model.patch_size)  # type: ignore[arg-type]
     if size % patch:
         low = max(patch, size // patch * patch)
         raise UserError(
             f"size {size} is no multiple of this backbone's patch of {patch}; use e.g. {low} or {low + patch}"
         )
-    if any(not -depth <= block < depth for block in blocks):
-        raise UserError(f"blocks {[*blocks]} are wanted, but this backbone has {depth}; valid: -{depth} … -1")
     model = model.to(device).eval()
     forward: Features = model.forward_features  # type: ignore[assignment]
-    if [block % depth for block in blocks] not in ([], [depth - 1]):
-        forward = _with_blocks(model, [block % depth for block in blocks])
+    if blocks:
+        depth = len(model.blocks)  # type: ignore[arg-type]
+        if any(not -depth <= block < depth for block in blocks):
+            raise UserError(f"blocks {[*blocks]} are wanted, but this backbone has {depth}; valid: -{depth} … -1")
+        numbers = [block % depth for block in blocks]
+        forward = forward if numbers == [depth - 1] else _with_blocks(model, numbers)
     if precision == "fp32":
         return forward
 

@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from dinov2_fsdp.config import Config
 from dinov2_fsdp.data.sources import Source, open_source
 from dinov2_fsdp.data.sources.listed import ListedSource
 from dinov2_fsdp.data.sources.listing import printable
@@ -40,6 +41,7 @@ from eval.dense import own_share, to_input
 from eval.features import (
     Extracted,
     Features,
+    NotFinite,
     check_finite,
     class_token,
     extract,
@@ -266,6 +268,32 @@ def _by_class(arguments: argparse.Namespace, subject: command.Subject, settings:
         print(f"retrieval of {subject}: mAP {value:.2f} % (same class = relevant)")
     counts = {"gallery_images": len(first.labels), "queries": len(second.labels)}
     return evaluation.finish("map", {"map": value}, data=counts)
+
+
+def online_retrieval(
+    features: Features, config: Config, rank: int, world_size: int, device: torch.device
+) -> dict[str, float]:
+    """Return ``{"retrieval_map": percent}`` for the backbone in training; all ranks call this together.
+
+    Queries are ``eval.test``, the gallery ``eval.train``; images of the same class are relevant. Features that are not
+    finite give NaN.
+    """
+    c = config.eval
+    gallery, queries = command.open_both(config, None, None, "retrieval")
+    check_sources(gallery, queries)
+    found = []
+    for source, limit in ((gallery, c.max_train), (queries, c.max_test)):
+        share = extract(
+            features, source, resize=c.resize, size=c.size, batch=c.batch, device=device, rank=rank,
+            world_size=world_size, workers=config.data.workers, max_images=limit,
+        )  # fmt: skip
+        try:
+            check_finite((share,), world_size, device)
+        except NotFinite:
+            return {"retrieval_map": float("nan")}
+        found.append(in_order(share, world_size, device))
+    first, second = found
+    return {"retrieval_map": map_by_class(second.features, second.labels, first.features, first.labels)}
 
 
 def _check(parts: Sequence[Tensor]) -> None:

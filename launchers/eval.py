@@ -1,6 +1,7 @@
 """Evaluate a run: ``python launchers/eval.py --run runs/NAME --tasks knn pictures [eval.KEY=VALUE …]``.
 
-Each task is a command of its own under ``eval/``; they run here, one after the other.
+Each task is a command of its own under ``eval/``. On a cluster's login node each task and checkpoint becomes a job;
+elsewhere, and with ``--local``, they run here, one after the other. ``--watch`` evaluates each new checkpoint.
 """
 
 from __future__ import annotations
@@ -9,14 +10,20 @@ import argparse
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dinov2_fsdp.errors import UserError, nearest, run_cli
+from dinov2_fsdp.errors import EXIT_FAILED, UserError, nearest, run_cli
+from launchers.cluster.options import add_job_arguments
+
+if TYPE_CHECKING:
+    from launchers.cluster.evaluations import Work
+    from launchers.cluster.options import JobOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,21 +36,26 @@ class Task:
     command: Callable[[Path, int | None, dict[str, Any]], list[str]]
 
 
-def _knn(run: Path, step: int | None, overrides: dict[str, Any]) -> list[str]:
-    flags = {
-        "eval.train": "--train",
-        "eval.test": "--test",
-        "eval.resize": "--resize",
-        "eval.size": "--size",
-        "eval.batch": "--batch",
-        "eval.k": "--k",
-        "eval.temperature": "--temperature",
-        "eval.max_train": "--max-train",
-        "eval.max_test": "--max-test",
-        "data.workers": "--workers",
-        "parallel.device": "--device",
-    }
-    return ["eval/knn.py", "--weights", str(run), *_step(step), *_flags(flags, overrides)]
+_DENSE_FLAGS = {
+    "eval.train": "--train",
+    "eval.test": "--test",
+    "eval.max_train": "--max-train",
+    "eval.max_test": "--max-test",
+    "data.workers": "--workers",
+    "parallel.device": "--device",
+}
+_IMAGE_FLAGS = {**_DENSE_FLAGS, "eval.resize": "--resize", "eval.size": "--size", "eval.batch": "--batch"}
+_KNN_FLAGS = {**_IMAGE_FLAGS, "eval.k": "--k", "eval.temperature": "--temperature"}
+_RETRIEVAL_FLAGS = {**_IMAGE_FLAGS, "eval.train": "--gallery", "eval.test": "--queries"}
+
+
+def _evaluation(
+    script: str, flags: dict[str, str], *more: str
+) -> Callable[[Path, int | None, dict[str, Any]], list[str]]:
+    def command(run: Path, step: int | None, overrides: dict[str, Any]) -> list[str]:
+        return [f"eval/{script}.py", "--weights", str(run), *_step(step), *more, *_flags(flags, overrides)]
+
+    return command
 
 
 def _pictures(run: Path, step: int | None, overrides: dict[str, Any]) -> list[str]:
@@ -51,9 +63,21 @@ def _pictures(run: Path, step: int | None, overrides: dict[str, Any]) -> list[st
     return ["eval/pictures.py", "--run", str(run), *_step(step), *_flags(flags, overrides)]
 
 
+def _report(run: Path, step: int | None, overrides: dict[str, Any]) -> list[str]:
+    return ["eval/report.py", "--run", str(run)]
+
+
 TASKS: dict[str, Task] = {
-    "knn": Task("k-nearest-neighbour accuracy on frozen features", _knn),
-    "pictures": Task("training curves and principal components of patch features", _pictures),
+    "knn": Task("k-nearest-neighbour accuracy on frozen features", _evaluation("knn", _KNN_FLAGS)),
+    "linear": Task("linear probe: all heads of the published grid", _evaluation("linear", _IMAGE_FLAGS)),
+    "logistic": Task("logistic regression over 45 values of C", _evaluation("logistic", _IMAGE_FLAGS)),
+    "segmentation": Task("mean IoU of a linear head", _evaluation("segmentation", _DENSE_FLAGS)),
+    "segmentation_ms": Task("the same, multi-scale", _evaluation("segmentation", _DENSE_FLAGS, "--multi-scale")),
+    "depth": Task("depth errors of a linear head", _evaluation("depth", _DENSE_FLAGS)),
+    "depth_4_layers": Task("the same on four layers", _evaluation("depth", _DENSE_FLAGS, "--layers", "4")),
+    "retrieval": Task("mean average precision; same class is relevant", _evaluation("retrieval", _RETRIEVAL_FLAGS)),
+    "pictures": Task("curves, patch features, attention, neighbours, training crops", _pictures),
+    "report": Task("everything of the run as one HTML page", _report),
 }
 
 _OVERRIDABLE = ("data.workers", "parallel.device")
@@ -106,37 +130,179 @@ def _flags(flags: dict[str, str], overrides: dict[str, Any]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    listing = "\n".join(f"  {name:<10} {task.summary}" for name, task in TASKS.items())
+    listing = "\n".join(f"  {name:<16} {task.summary}" for name, task in TASKS.items())
     parser = argparse.ArgumentParser(
         prog="launchers/eval.py",
-        description="Evaluate a run on this machine.",
+        description="Evaluate a run: as SLURM jobs where there is a cluster, else on this machine.",
         epilog=f"tasks:\n{listing}\n\nresults go to RUN/eval/step_…/TASK/results.json and RUN/leaderboard.csv",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--run", metavar="DIR", required=True, type=Path, help="the run directory")
     parser.add_argument("--tasks", metavar="TASK", nargs="+", default=["knn"], help="what to evaluate (default: knn)")
-    parser.add_argument("--step", type=int, help="which checkpoint; by default the newest")
+    parser.add_argument("--step", metavar="N[,N…]|all", help="which checkpoints; by default the newest")
+    parser.add_argument("--watch", action="store_true", help="evaluate each new checkpoint until the run is over")
+    parser.add_argument("--local", action="store_true", help="evaluate on this machine also where there is a cluster")
+    parser.add_argument("--follow", action="store_true", help="wait for the jobs and show the leaderboard")
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
+    add_job_arguments(parser, leave_out=("preflight", "meet_seconds", "max_requeues", "max_restarts"))
     parser.add_argument(
         "overrides", metavar="KEY=VALUE", nargs="*", help="settings of the evaluation, e.g. eval.size=448"
     )
     return parser
 
 
-def main() -> int:
-    """Run the command line; return the first failing task's exit code, after all others had their turn."""
-    parser = _parser()
-    arguments = parser.parse_intermixed_args()
-    # `--tasks` takes all words that follow, so the overrides may have ended up among them.
-    words = [*arguments.tasks, *arguments.overrides]
-    tasks = [word for word in words if "=" not in word]
-    todo = commands(arguments.run, tasks, arguments.step, [word for word in words if "=" in word])
+def _steps(run: Path, text: str | None) -> list[int | None]:
+    """Return the steps that ``--step`` names; None is the newest.
+
+    Raises:
+        UserError: it is no number and not ``all``, or the run has no such checkpoint.
+    """
+    from launchers.cluster.progress import saved_steps
+
+    if text is None:
+        return [None]
+    there = saved_steps(run)
+    try:
+        wanted = there if text == "all" else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--step '{text}' is not understood; valid: a number, several with commas, or all") from None
+    lacking = [step for step in wanted if step not in there]
+    if lacking or not wanted:
+        what = f"no checkpoint of step {lacking[0]}" if lacking else "no checkpoint"
+        listed = ", ".join(map(str, there)) or "none"
+        raise UserError(f"{what} in {run / 'checkpoints'}; steps there: {listed}")
+    return list(wanted)
+
+
+def evaluate_here(todo: list[list[str]]) -> int:
+    """Run commands one after the other; return the first failing one's exit code, after all had their turn."""
+    from launchers.cluster.allocation import without_ranks
+
     code = 0
     for command in todo:
         print(f"+ {shlex.join(command)}", flush=True)
-        if not arguments.dry_run:
-            code = subprocess.run(command, cwd=ROOT, check=False).returncode or code
+        code = code or subprocess.run(command, cwd=ROOT, env=without_ranks(), check=False).returncode
     return code
+
+
+def evaluate_in_jobs(
+    run: Path, tasks: list[str], steps: list[int], overrides: list[str], options: JobOptions
+) -> dict[str, Work]:
+    """Submit a job for each task and step; return what each does."""
+    from launchers.cluster import evaluations
+
+    work = [
+        evaluations.Work(task, step, tuple(command[1:]))
+        for step in steps
+        for task, command in zip(dict.fromkeys(tasks), commands(run, tasks, step, overrides), strict=True)
+    ]
+    return evaluations.submit(run.resolve(), work, options)
+
+
+def watch(run: Path, evaluate: Callable[[list[int]], object], seconds: float) -> None:
+    """Call ``evaluate`` with the steps of each new checkpoint until the run has saved its last one."""
+    from launchers.cluster.evaluations import is_over, new_steps
+
+    seen: set[int] = set()
+    while True:
+        over = is_over(run)  # before the look at the checkpoints: the last one is not to be missed
+        steps = new_steps(run, seen)
+        if steps:
+            evaluate(steps)
+            seen.update(steps)
+        if over:
+            return
+        time.sleep(seconds)
+
+
+def show_leaderboard(run: Path) -> None:
+    """Complete the run's leaderboard and print it."""
+    from launchers.cluster.evaluations import gather
+
+    for line in gather(run):
+        print(f"step {line['step']:>8}  {line['task']:<12} {line['backbone']:<10} {line['metric']:<16} {line['value']}")
+
+
+def main() -> int:
+    """Run the command line; return the first failing task's exit code, after all others had their turn."""
+    arguments = _parser().parse_intermixed_args()
+    # `--tasks` takes all words that follow, so the overrides may have ended up among them.
+    words = [*arguments.tasks, *arguments.overrides]
+    tasks, overrides = [word for word in words if "=" not in word], [word for word in words if "=" in word]
+    run = arguments.run
+    commands(run, tasks, None, overrides)  # what is wrong is said before anything else
+    steps = _steps(run, arguments.step)
+    if arguments.watch and arguments.step:
+        raise UserError("--watch evaluates each new checkpoint; leave out --step")
+    if arguments.dry_run:
+        for command in [command for step in steps for command in commands(run, tasks, step, overrides)]:
+            print(f"+ {shlex.join(command)}")
+        return 0
+    if _stays_here(arguments):
+        return _here(arguments.watch, run, tasks, overrides, steps)
+    return _as_jobs(arguments, run, tasks, overrides, steps)
+
+
+def _stays_here(arguments: argparse.Namespace) -> bool:
+    if arguments.local:
+        return True
+    from launchers.cluster.controller import reachable
+
+    if reachable():
+        return False
+    if arguments.follow or arguments.partition:
+        raise UserError("no SLURM answers here, so there are no jobs to submit; leave out the options of jobs")
+    return True
+
+
+def _here(watching: bool, run: Path, tasks: list[str], overrides: list[str], steps: list[int | None]) -> int:
+    if not watching:
+        return evaluate_here([command for step in steps for command in commands(run, tasks, step, overrides)])
+    codes: list[int] = []
+
+    def evaluate(found: list[int]) -> None:
+        codes.extend(evaluate_here(commands(run, tasks, step, overrides)) for step in found)
+
+    _watch_until_interrupted(run, evaluate)
+    return next((code for code in codes if code), 0)
+
+
+def _as_jobs(
+    arguments: argparse.Namespace, run: Path, tasks: list[str], overrides: list[str], steps: list[int | None]
+) -> int:
+    from launchers.cluster import evaluations, progress
+    from launchers.cluster.options import job_options
+
+    options = job_options(arguments)
+    jobs: dict[str, Work] = {}
+
+    def evaluate(found: list[int]) -> None:
+        jobs.update(evaluate_in_jobs(run, tasks, found, overrides, options))
+
+    if arguments.watch:
+        _watch_until_interrupted(run, evaluate)
+    else:
+        newest = progress.saved_steps(run)[-1:]
+        if not newest:
+            raise UserError(f"no checkpoint in {run / 'checkpoints'}; --watch waits for the first")
+        evaluate([newest[0] if step is None else step for step in steps])
+    if not (arguments.follow or arguments.watch):
+        return 0
+    failed = evaluations.follow(jobs, lambda text: print(text, flush=True))
+    show_leaderboard(run)
+    for job in failed:
+        print(f"{jobs[job]} failed: see job {job} in {run / 'slurm'}", file=sys.stderr)
+    return EXIT_FAILED if failed else 0
+
+
+def _watch_until_interrupted(run: Path, evaluate: Callable[[list[int]], object]) -> None:
+    from launchers.cluster.evaluations import SECONDS
+
+    try:
+        watch(run, evaluate, SECONDS)
+    except KeyboardInterrupt:
+        print("\nno longer watching; jobs that were submitted go on", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ The same command continues an interrupted run. Every key of the config can be ov
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import fcntl
 import logging
 import os
 import shutil
@@ -20,7 +23,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -79,20 +82,23 @@ def main() -> int:
         raise UserError(f"--nproc {processes} is impossible; valid: 1 or more")
     kind = check_devices(config.parallel.device, place.local_world_size if started else processes, gpus)
     microbatches_per_rank(config, processes)
-    # Where there are other ranks already, they wait for this one when they meet.
-    if place.rank == 0:
-        images = _check_data(config)
-        if arguments.dry_run:
-            from dinov2_fsdp.planner import plan
+    with contextlib.ExitStack() as held:
+        # Where there are other ranks already, they wait for this one when they meet.
+        if place.rank == 0:
+            images = _check_data(config)
+            if arguments.dry_run:
+                from dinov2_fsdp.planner import plan
 
-            print(plan(config, processes, kind, images))
-        else:
-            _check_run_directory(config, arguments.overwrite)
-    if arguments.dry_run:
-        return 0
-    if started or processes == 1:
-        return _work(config)
-    return _start_processes(processes, config.parallel.threads)
+                print(plan(config, processes, kind, images))
+            else:
+                _check_run_directory(config, arguments.overwrite)
+                if place.life is None and place.launcher is None:
+                    held.enter_context(_lock(Path(config.output_dir)))
+        if arguments.dry_run:
+            return 0
+        if started or processes == 1:
+            return _work(config)
+        return _start_processes(processes, config.parallel.threads)
 
 
 def _print_keys() -> int:
@@ -130,6 +136,7 @@ def _check_run_directory(config: Config, overwrite: bool) -> None:
     saved = directory / "config.yaml"
     # A directory of something else may hold a config.yaml too; only a run has logs beside it.
     if overwrite and saved.is_file() and (directory / "logs").is_dir():
+        _lock(directory).close()
         shutil.rmtree(directory)
     if directory.is_dir() and any(directory.iterdir()) and not saved.is_file() and not (directory / "logs").is_dir():
         raise UserError(f"{directory} is not empty and holds no run; choose another output_dir")
@@ -146,6 +153,27 @@ def _check_run_directory(config: Config, overwrite: bool) -> None:
         (directory / ".writable").unlink()
     except OSError as error:
         raise UserError(f"output_dir={directory} cannot be written: {error.strerror}") from None
+
+
+def _lock(directory: Path) -> TextIO:
+    """Return an open file that keeps other launchers out of the directory until this process ends.
+
+    Jobs of a scheduler have the number of their life instead: one that is cut off from the others could hold a lock
+    for ever.
+    """
+    file = (directory / ".lock").open("a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise UserError(
+            f"{directory} is in use: {file.read().strip() or 'another process'} trains there\n"
+            "wait for it, stop it, or choose another --output-dir"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 def _differences(old: Config, new: Config) -> list[str]:
@@ -184,10 +212,10 @@ def _start_processes(count: int, threads: int) -> int:
     cores = threads or max(1, available_cores() // count)
     children = []
     for rank in range(count):
-        place = Place(rank, count, rank, count).to_environment(address, port)
+        place = Place(rank, count, rank, count, launcher=os.getpid()).to_environment(address, port)
         environment = {**os.environ, **place, "OMP_NUM_THREADS": str(cores)}
         command = [sys.executable, *(argument for argument in sys.argv if argument != "--overwrite")]
-        children.append(subprocess.Popen(command, env=environment))
+        children.append(subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent))
 
     def forward(number: int, _frame: object) -> None:
         for child in children:
@@ -203,6 +231,13 @@ def _start_processes(count: int, threads: int) -> int:
             return max(child.returncode for child in children)
         time.sleep(0.1)
     return _end_after_failure(children)
+
+
+def _end_with_parent() -> None:
+    """Let the kernel send SIGTERM to this process when its launcher dies, so that the ranks save and end (Linux)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _end_after_failure(children: list[subprocess.Popen[bytes]]) -> int:

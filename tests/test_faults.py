@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from processes import LaunchedRun, kill, launch
+from processes import PATIENCE, LaunchedRun, kill, launch
 from training import differing, metrics, saved_steps, saved_tensors, tiny_run, train_alone
 
 from dinov2_fsdp.config import Config
-from dinov2_fsdp.errors import EXIT_FAILED, EXIT_INTERRUPTED
+from dinov2_fsdp.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -192,3 +192,29 @@ def test_too_many_non_finite_steps_end_the_run_with_a_report(tmp_path: Path) -> 
         assert steps[-1]["values"]["grad_norm/backbone"] in ("nan", "inf")
         assert {"loss", "loss/dino", "loss/ibot", "loss/koleo"} <= steps[-1]["values"].keys()
         assert len(steps[-1]["samples"]) == len(steps[-1]["names"]) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Launchers
+
+
+def test_a_directory_in_use_is_refused_and_its_run_goes_on(tmp_path: Path) -> None:
+    config = endless(tmp_path / "run")
+    with LaunchedRun(config) as run:
+        run.wait_for_step(2)
+        code, _, errors = launch(config, 1)
+        assert code == EXIT_USER_ERROR
+        assert f"{tmp_path / 'run'} is in use: process {run.process.pid} on " in only_error(errors)
+        run.wait_for_step(run.step() + 2)
+
+
+def test_ranks_whose_launcher_was_killed_save_and_end(tmp_path: Path) -> None:
+    with LaunchedRun(endless(tmp_path / "run", checkpoint__every="0it")) as run:
+        run.wait_for_step(2)
+        ranks = run.rank_pids()
+        kill(run.process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + PATIENCE
+        while any(Path(f"/proc/{pid}").exists() for pid in ranks):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert len(saved_steps(tmp_path / "run")) == 1

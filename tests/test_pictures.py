@@ -7,10 +7,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny_backbone, tiny_config
 from torch import nn
 
+from dinov2_fsdp.data.loader import Microbatches
+from dinov2_fsdp.data.sources import open_source
 from dinov2_fsdp.errors import UserError
-from eval.pictures import pca_colours, pca_patches, read_metrics, training_curves
+from eval.components import pca_colours, pca_patches
+from eval.curves import read_metrics, training_curves
+from eval.features import normalise
+from eval.views import attention_maps, draw_attention, draw_crops, draw_neighbours, nearest, shown
 
 CPU = torch.device("cpu")
 
@@ -188,3 +194,71 @@ def test_a_few_outliers_do_not_darken_the_picture() -> None:
     calm = pca_colours(tokens)
     tokens[0, 0, 0] += 15 * (tokens[0, 5, 5] - tokens[0, 0, 1]) / 10
     assert np.median(np.abs(pca_colours(tokens) - calm)) < 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a backbone attends to, finds alike and is shown.
+
+
+def noise(count: int, size: int = 16) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("registers", [0, 4])
+def test_attention_is_that_of_the_class_token_in_the_last_block(registers: int) -> None:
+    model = tiny_backbone(depth=2, registers=registers).eval()
+    crops = noise(2)
+    found = attention_maps(model, crops, 16, CPU)
+    assert found.shape == (2, 3, 4, 4)
+    images = normalise(torch.from_numpy(crops))
+    layout = model.layout([(2, 16, 16)])
+    tokens = model.blocks[0](model.embed(images).flatten(0, 1), layout).unflatten(0, (2, -1))
+    block = model.blocks[1]
+    query, key, _ = block.attn.qkv(block.norm1(tokens)).double().unflatten(-1, (3, 3, 8)).unbind(2)
+    weights = torch.einsum("bhd,bkhd->bhk", query[:, 0], key) / 8**0.5
+    expected = weights.softmax(dim=-1)[..., 1 + registers :].unflatten(-1, (4, 4))
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-6)
+    assert not block.norm1._forward_hooks
+
+
+def test_attention_is_drawn_for_every_image_and_head(tmp_path: Path) -> None:
+    images = [Image.fromarray(picture) for picture in noise(2)]
+    png = draw_attention(tiny_backbone(depth=2).eval(), images, tmp_path / "attention.png", 16, CPU)
+    assert distinct_colours(png) > 50
+
+
+def test_neighbours_are_the_most_similar_images_and_never_the_query_itself(tmp_path: Path) -> None:
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.1], [2.0, 0.2]])
+    assert nearest(torch.tensor([[1.0, 0.05]]), rows, 3).tolist() == [[3, 0, 1]]
+    source = open_source("scenes:n=9,size=16")
+    model = tiny_backbone(depth=2).eval()
+    asked = [source.image(4)]
+    drawn = []
+    import eval.views
+
+    original = eval.views.picture_grid
+    eval.views.picture_grid = lambda rows, *rest, **more: drawn.append(rows) or original(rows, *rest, **more)
+    try:
+        draw_neighbours(model, asked, source, tmp_path / "neighbours.png", 16, 16, CPU, count=3)
+    finally:
+        eval.views.picture_grid = original
+    query, *others = drawn[0][0][1]
+    assert np.array_equal(query, np.asarray(source.image(4)))
+    assert len(others) == 3
+    assert not any(np.array_equal(other, query) for other in others)
+
+
+def test_crops_show_hidden_patches_in_grey_and_the_rest_as_it_is(tmp_path: Path) -> None:
+    config = tiny_config()
+    batch = Microbatches(config, open_source(config.data.train))[0, 0]
+    for image in range(batch.images):
+        wholes, parts = shown(batch, image, (4, 4))
+        assert len(parts) == config.crops.local_number
+        for crop, pixels in zip((image, batch.images + image), wholes, strict=True):
+            hidden = batch.masks[crop].reshape(4, 4).numpy().repeat(4, 0).repeat(4, 1)
+            assert len(np.unique(pixels[hidden], axis=0)) <= 1
+            original = batch.global_crops[crop].permute(1, 2, 0).numpy()
+            assert np.array_equal(pixels[~hidden], original[~hidden])
+    assert batch.masks.any()
+    assert distinct_colours(draw_crops(config, open_source(config.data.train), tmp_path / "crops.png")) > 50

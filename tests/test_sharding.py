@@ -22,12 +22,11 @@ from dinov2_fsdp.models.initialise import initialise
 from dinov2_fsdp.optim.groups import clean_name
 from dinov2_fsdp.parallel import sharding
 from dinov2_fsdp.parallel.place import Place
-from dinov2_fsdp.parallel.sharding import build_mesh
+from dinov2_fsdp.parallel.sharding import build_mesh, build_networks
 from dinov2_fsdp.parallel.world import World, end_world, start_world
 from dinov2_fsdp.ssl.ema import Ema
 from dinov2_fsdp.ssl.network import Network
 from dinov2_fsdp.ssl.step import SelfDistillation
-from dinov2_fsdp.parallel.sharding import build_networks
 
 
 @pytest.fixture

@@ -206,8 +206,16 @@ class ParallelConfig:
     xformers on CUDA, else varlen, else sdpa."""
     replicate: int = 1
     """Copies of the sharded model (HSDP): ranks are a replicate × shard mesh."""
+    blocks_per_unit: int = 1
+    """Blocks whose weights are gathered and freed together: more of them mean fewer, larger messages."""
     reshard_after_forward: bool = True
-    """Free a block's gathered weights between forward and backward."""
+    """Free a unit's gathered weights between forward and backward."""
+    prefetch: int = 1
+    """Units whose weights are gathered ahead of their use; 1 is what the sharding does by itself."""
+    reduce_precision: str = "fp32"
+    """fp32 or bf16: what gradients are summed over ranks in."""
+    heads_precision: str | None = None
+    """Precision of the heads; by default train.precision. fp32 is slower and exact."""
     activation_checkpointing: str = "none"
     """none; selective: recompute every second block; full: recompute every block."""
     compile: bool = False

@@ -21,6 +21,8 @@ _CHOICES: dict[str, Iterable[str]] = {
     "optim.lr_scaling": ("sqrt", "linear", "none"),
     "optim.clip_scope": ("part", "all"),
     "train.precision": ("bf16", "fp16", "fp32"),
+    "parallel.reduce_precision": ("fp32", "bf16"),
+    "parallel.heads_precision": ("bf16", "fp16", "fp32"),
     "parallel.device": ("auto", "cuda", "cpu"),
     "parallel.attention": ("auto", "math", "sdpa", "xformers", "varlen"),
     "parallel.activation_checkpointing": ("none", "selective", "full"),
@@ -36,7 +38,7 @@ _ABOVE_ZERO = (
     "loss.student_temperature", "loss.teacher_temperature", "loss.teacher_temperature_start",
     "loss.sinkhorn_iterations", "optim.layer_decay", "optim.patch_embed_lr", "train.batch", "train.microbatch",
     "train.max_nonfinite", "parallel.replicate", "parallel.timeout", "checkpoint.keep", "eval.resize", "eval.size",
-    "eval.batch", "eval.k", "eval.temperature",
+    "eval.batch", "eval.k", "eval.temperature", "parallel.blocks_per_unit", "parallel.prefetch",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
     "seed", "data.workers", "data.max_bad_images", "crops.local_number", "model.registers", "model.layer_scale",

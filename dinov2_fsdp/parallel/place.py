@@ -10,6 +10,7 @@ from pathlib import Path
 from dinov2_fsdp.errors import UserError
 
 LIFE = "DINOV2_FSDP_LIFE"
+LAUNCHER = "DINOV2_FSDP_LAUNCHER"
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,16 @@ class Place:
     """Number of the run's life, where a scheduler's job counts them: an earlier one may not save any more."""
     attempt: int = 0
     """How often torchrun has started these processes before."""
+    launcher: int | None = None
+    """Process of this machine that started this one and answers for it."""
 
     def to_environment(self, address: str, port: int) -> dict[str, str]:
         """Return the variables that a child process needs to stand here."""
         life = {} if self.life is None else {LIFE: str(self.life)}
+        launcher = {} if self.launcher is None else {LAUNCHER: str(self.launcher)}
         return {
             **life,
+            **launcher,
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
             "LOCAL_RANK": str(self.local_rank),
@@ -62,6 +67,7 @@ def place_from_environment(environment: Mapping[str, str] = os.environ) -> Place
         int(environment.get("MASTER_PORT", 0)),
         int(environment[LIFE]) if LIFE in environment else None,
         int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        int(environment[LAUNCHER]) if LAUNCHER in environment else None,
     )
 
 

@@ -157,16 +157,15 @@ class Pulse(AbstractContextManager["Pulse"]):
                     if found[0]:
                         self._end_quietly()
                         return
-                    if found[1] and _silent({int(neighbour): json.loads(found[1])}, ring, DEAD):
-                        self._end(
-                            f"{_listing({int(neighbour): json.loads(found[1])}, [int(neighbour)])} died or cannot be reached any more"
-                        )
+                    said = {int(neighbour): json.loads(found[1])} if found[1] else {}
+                    if silent := _silent(said, ring, DEAD):
+                        self._end(f"{_listing(said, silent)} died or cannot be reached any more")
                         return
                 elif time.monotonic() - answered > DEAD:
                     self._end("rank 0 died or cannot be reached any more", mine=self.world.rank == 1)
                     return
-                if self.limit - SILENCE - 2 < still <= self.limit and (said := self._said()) is not None:
-                    _silent(said, beats)  # time to see whose beat has stopped, before the limit is reached
+                if self.limit - SILENCE - 2 < still <= self.limit and (places := self._said()) is not None:
+                    _silent(places, beats)  # time to see whose beat has stopped, before the limit is reached
             if still > self.limit:
                 self._hang(beats)
                 return

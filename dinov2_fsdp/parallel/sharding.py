@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from dinov2_fsdp.config import Config, ParallelConfig
 from dinov2_fsdp.errors import UserError
@@ -49,15 +50,45 @@ def parallelise(network: Network, config: ParallelConfig, mesh: DeviceMesh, prec
     if config.compile:
         for block in blocks:
             block.compile(dynamic=True)
-    policy = MixedPrecisionPolicy(param_dtype=PRECISIONS[precision], reduce_dtype=torch.float32)
-    heads: list[nn.Module] = [head for head in (network.dino_head, network.ibot_head) if head is not None]
-    for module in (*blocks, *heads):
-        # The teacher must free its weights after every pass: gathered ones would not see the EMA's updates.
-        reshard = config.reshard_after_forward or not trained
-        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    sums = PRECISIONS[config.reduce_precision]
+    policy = MixedPrecisionPolicy(param_dtype=PRECISIONS[precision], reduce_dtype=sums)
+    heads_policy = MixedPrecisionPolicy(param_dtype=PRECISIONS[config.heads_precision or precision], reduce_dtype=sums)
+    # The teacher must free its weights after every pass: gathered ones would not see the EMA's updates.
+    reshard = config.reshard_after_forward or not trained
+    size = config.blocks_per_unit
+    units = [list(blocks[start : start + size]) for start in range(0, len(blocks), size)]
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    for head in (network.dino_head, network.ibot_head):
+        if head is not None:
+            fully_shard(head, mesh=mesh, mp_policy=heads_policy, reshard_after_forward=reshard)
     # A root left alone keeps its gathered weights after a forward pass without gradients, for ever.
     fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=not trained)
     register_fsdp_forward_method(network, "features")
+    if config.prefetch > 1:
+        _prefetch([unit[0] for unit in units], config.prefetch)
+
+
+def _prefetch(units: list[nn.Module], ahead: int) -> None:
+    """Let each unit start to gather the weights of those that come after it, on the way forward and back."""
+    for index, unit in enumerate(units):
+        assert isinstance(unit, FSDPModule)
+        unit.set_modules_to_forward_prefetch(units[index + 1 : index + 1 + ahead])  # type: ignore[arg-type]
+        unit.set_modules_to_backward_prefetch(units[max(0, index - ahead) : index][::-1])  # type: ignore[arg-type]
+
+
+def held_bytes(student: Network, teacher: Network) -> dict[str, int]:
+    """Return the bytes that this rank holds for good: weights, the teacher's weights, gradients, AdamW's two moments.
+
+    Works on the meta device too, where nothing is allocated.
+    """
+
+    def local(network: Network, trained: bool = False) -> int:
+        parameters = [p for p in network.parameters() if p.requires_grad or not trained]
+        return sum((p.to_local() if isinstance(p, DTensor) else p).numel() * p.element_size() for p in parameters)
+
+    trained = local(student, trained=True)
+    return {"weights": local(student), "teacher": local(teacher), "gradients": trained, "optimizer": 2 * trained}
 
 
 def build_networks(config: Config, world: World) -> tuple[Network, Network]:

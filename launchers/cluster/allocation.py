@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from dinov2_fsdp.parallel.place import LIFE, Place
 
 _LEFTOVERS = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_")
-_PLACES = (
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", LIFE,
-    "GROUP_RANK", "ROLE_RANK", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL",
+_RANKS = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR", "MASTER_PORT",
+    LIFE,
 )  # fmt: skip
+_DEVICES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
 _SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 """Variables that say where the cluster is, not which job this is."""
 
@@ -55,16 +56,23 @@ def node_name(environment: Mapping[str, str] = os.environ) -> str:
     return environment.get("SLURMD_NODENAME", "") or os.uname().nodename
 
 
-def place_in_job(address: str, port: int, life: int, environment: Mapping[str, str] = os.environ) -> Place:
+def place_in_job(
+    address: str, port: int, life: int | None = None, environment: Mapping[str, str] = os.environ
+) -> Place:
     """Return where this task of a job step stands among the ranks."""
     size, nodes = int(environment["SLURM_NTASKS"]), int(environment["SLURM_NNODES"])
     rank, local = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
     return Place(rank, size, local, size // nodes, address, port, life)
 
 
-def life_from_environment(environment: Mapping[str, str] = os.environ) -> tuple[int, str, int]:
-    """Return the life's number and rank 0's address and port, as the batch script has set them."""
-    return int(environment[LIFE]), environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+def meeting_point(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """Return rank 0's address and port, as the batch script has set them."""
+    return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+
+
+def life_from_environment(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the number of this life of the run, as the batch script has set it."""
+    return int(environment[LIFE])
 
 
 def without_job(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -76,5 +84,10 @@ def without_job(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     return {
         key: value
         for key, value in environment.items()
-        if key in _SITE or not (key.startswith(_LEFTOVERS) or (inside and key in _PLACES))
+        if key in _SITE or not (key.startswith(_LEFTOVERS) or (inside and key in (*_RANKS, *_DEVICES)))
     }
+
+
+def without_ranks(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment for a process that is on its own although it was started by one rank of several."""
+    return {key: value for key, value in environment.items() if key not in _RANKS}

@@ -1,6 +1,7 @@
 """What a job's batch script does around srun: begin a life, and at its end decide what becomes of the run.
 
-    python -m launchers.cluster.batch begin FOLDER        prints the settings of the ranks, for the shell
+    python -m launchers.cluster.batch meet FOLDER         prints where the ranks meet, for the shell
+    python -m launchers.cluster.batch begin FOLDER        the same, and begins a life of a training run
     python -m launchers.cluster.batch end FOLDER CODE     CODE: srun's
 
 SLURM's own ways to end a life (time limit, preemption, `scontrol requeue`, a lost node) and the run's faults all
@@ -16,15 +17,31 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from dinov2_fsdp.errors import EXIT_FAILED, EXIT_USER_ERROR
+from dinov2_fsdp.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError
+from dinov2_fsdp.parallel.place import LIFE
 from launchers.cluster.allocation import Allocation, allocation_from_environment, node_name
-from launchers.cluster.controller import PATIENCE, state_of
-from launchers.cluster.lives import FAILED, FINISHED, INTERRUPTED, MISTAKE, Cause, Decision, Life, Lives, decide, judge
-from launchers.cluster.progress import last_step
+from launchers.cluster.controller import PATIENCE, silent_nodes, state_of
+from launchers.cluster.lives import (
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    MISTAKE,
+    Cause,
+    Decision,
+    Life,
+    Lives,
+    decide,
+    judge,
+    told,
+)
+from launchers.cluster.progress import last_step, saved_steps
 from launchers.cluster.submission import Member, Submission
 
+CONTROLLER_RETRIES = 15
+"""Times that a controller which does not answer is asked again, some 20 s apart, before a run is given up."""
 _PORTS = range(20000, 32000)
 """Below those that Linux hands out by itself."""
 
@@ -32,6 +49,9 @@ _PORTS = range(20000, 32000)
 def main() -> int:
     verb, folder = sys.argv[1], Path(sys.argv[2])
     allocation = allocation_from_environment()
+    if verb == "meet":
+        _print_settings(allocation, free_ports(allocation.number, allocation.restarts), {})
+        return 0
     submission = Submission.read(folder)
     member = submission.members[allocation.member]
     if verb == "begin":
@@ -53,19 +73,19 @@ def begin(folder: Path, submission: Submission, member: Member, allocation: Allo
     ports = free_ports(allocation.number, len(lives.all()))
     life = lives.begin(allocation.job, str(folder), allocation.restarts, allocation.nodes, ports)
     _say(_headline(life, member))
-    settings = {
-        "MASTER_ADDR": allocation.nodes[0],
-        "MASTER_PORT": str(ports[0]),
-        "DINOV2_FSDP_LIFE": str(life.number),
-    }
-    print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in settings.items()))
+    _print_settings(allocation, ports, {LIFE: str(life.number)})
     return 0
+
+
+def _print_settings(allocation: Allocation, ports: list[int], more: dict[str, str]) -> None:
+    settings = {"MASTER_ADDR": allocation.nodes[0], "MASTER_PORT": str(ports[0]), **more}
+    print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in settings.items()))
 
 
 def _headline(life: Life, member: Member) -> str:
     now = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(life.started))
     nodes = ", ".join(life.nodes[:4]) + (f" and {len(life.nodes) - 4} more" if len(life.nodes) > 4 else "")
-    step = last_step(Path(member.run_dir))
+    step = max(saved_steps(Path(member.run_dir)), default=0)
     return f"=== life {life.number} of {member.name}, job {life.job}, {now}, on {nodes}, from step {step}"
 
 
@@ -134,9 +154,13 @@ def end(folder: Path, submission: Submission, member: Member, allocation: Alloca
     failures = lives.failures(life.number)
     said = lives.said(life.number, "outcome").get("outcome")
     life.outcome, life.cause = judge(code, said, failures, _log_of(folder, allocation, life))
+    if life.cause is not None and life.cause.kind == "exit":
+        life.cause = _last_word(folder, allocation, life) or life.cause
+    state = _patiently(lambda: state_of(allocation.number))
+    if life.cause is None and life.outcome != FINISHED and (silent := silent_nodes(life.nodes)):
+        life.cause = Cause("node", f"{', '.join(silent)} does not respond", node=silent[0])
     life.step, life.ended = last_step(run_dir), time.time()
     decision = decide([*_of(lives, folder)[:-1], life], submission.max_requeues, submission.max_restarts)
-    state = state_of(allocation.number)
     # SLURM starts a job again after a preemption, a requeue and a lost node, but not after its time limit.
     out_of_time = life.cause is not None and "time limit" in life.cause.what
     if not decision.again:
@@ -152,6 +176,17 @@ def end(folder: Path, submission: Submission, member: Member, allocation: Alloca
     return {FINISHED: 0, INTERRUPTED: 0, MISTAKE: EXIT_USER_ERROR}.get(life.outcome or FAILED, EXIT_FAILED)
 
 
+def _patiently(question: Callable[[], str]) -> str:
+    """Return SLURM's answer, waiting for a controller that is away for some minutes: a run hangs on it."""
+    for _ in range(CONTROLLER_RETRIES):
+        try:
+            return question()
+        except UserError as error:
+            _say(f"{error}; asking again")
+            time.sleep(PATIENCE)
+    return question()
+
+
 def _log_of(folder: Path, allocation: Allocation, life: Life) -> str:
     """Return what the batch log holds of a life."""
     try:
@@ -159,6 +194,18 @@ def _log_of(folder: Path, allocation: Allocation, life: Life) -> str:
     except OSError:
         return ""
     return text.rpartition(f"=== life {life.number} of ")[2]
+
+
+def _last_word(folder: Path, allocation: Allocation, life: Life) -> Cause | None:
+    """Return what the rank that srun names said on stderr last, if it was an error."""
+    assert life.cause is not None
+    try:
+        text = (folder / f"{allocation.job}_{life.cause.rank}_log.err").read_text(errors="replace")
+    except OSError:
+        return None
+    said = text.rpartition(f"=== life {life.number} ")[2]
+    errors = [line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")]
+    return told(errors[-1], life.cause.rank) if errors else None
 
 
 def _report(life: Life, folder: Path, allocation: Allocation, run_dir: Path, decision: Decision, state: str) -> None:

@@ -128,3 +128,10 @@ def state_of(job: str) -> str:
     result = ask("scontrol", "show", "job", job)
     match = re.search(r"JobState=(\S+)", result.stdout)
     return match[1] if match and not result.returncode else "UNKNOWN"
+
+
+def silent_nodes(nodes: Sequence[str]) -> list[str]:
+    """Return those of the nodes that SLURM has lost: down, or no longer responding."""
+    result = ask("sinfo", "--noheader", "--Node", "--nodes", ",".join(nodes), "-o", "%N %T")
+    listed = [line.split() for line in result.stdout.splitlines()]
+    return list(dict.fromkeys(name for name, state in listed if state.endswith("*") or state.startswith("down")))

@@ -68,7 +68,7 @@ def look(one: Followed, known: tuple[str, str] | None, show: Callable[[str], Non
     if known and shown != one.state:
         show(prefix + shown)
         one.state = shown
-    lines = last_lines(one.run_dir)[-1:]
+    lines = [line for line in last_lines(one.run_dir) if "img_per_s" in line][-1:]
     if lines and lines[0]["step"] != one.step:
         one.step = lines[0]["step"]
         total = total_steps(one.run_dir)

@@ -56,6 +56,13 @@ class Cause:
         return _without_numbers(self.what) == _without_numbers(other.what)
 
 
+def told(text: str, by: int | None, kind: str = "exception", nodes: Sequence[str] = ()) -> Cause:
+    """Return the cause that a rank tells; the one that says so need not be the one that failed."""
+    named = re.search(r"\brank\(?s?\)? (\d+)", text)
+    what = " ".join(text.split())[:400]
+    return Cause(kind, what, int(named[1]) if named else by, None, tuple(nodes), by)
+
+
 def _without_numbers(text: str) -> str:
     return re.sub(r"0x[0-9a-f]+|\d+", "#", text)
 
@@ -211,16 +218,21 @@ SIGNALLED = {"User defined signal 1", "User defined signal 2", "Terminated"}
 
 def cause_in_log(text: str) -> Cause | None:
     """Return the first thing that srun says went wrong in a life's part of the batch log."""
+    first: Cause | None = None
     for line in text.splitlines():
         if found := _SRUN_NODE.search(line):
             node = next(name for name in found.groups() if name).strip(":,")
-            return Cause("node", f"node {node} failed", node=node)
+            lost = Cause("node", f"node {node} failed", node=node)
+            # SLURM takes its time to notice; the ranks that have left meanwhile did so because of it.
+            return lost if first is None or first.kind == "exit" else first
+        if first is not None:
+            continue
         if found := _SRUN_TASK.search(line):
             node, rank, what = found[1], int(found[2]), found[3].removesuffix(" (core dumped)")
-            return Cause("exit" if what.startswith("Exited with exit code") else "signal", what, rank, node)
-        if (found := _SRUN_OTHER.search(line)) and "lacks support for cpu binding" not in line:
-            return Cause("launch", found[1])
-    return None
+            first = Cause("exit" if what.startswith("Exited with exit code") else "signal", what, rank, node)
+        elif (found := _SRUN_OTHER.search(line)) and "lacks support for cpu binding" not in line:
+            first = Cause("launch", found[1])
+    return first
 
 
 def judge(code: int, outcome: str | None, failures: Sequence[Cause], log: str) -> tuple[str, Cause | None]:

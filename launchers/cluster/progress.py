@@ -36,7 +36,8 @@ def last_lines(run_dir: Path) -> list[dict[str, Any]]:
 
 def last_step(run_dir: Path) -> int:
     """Return the last step that a run is known to have done: logged, or saved."""
-    logged = [int(line["step"]) for line in last_lines(run_dir)[-1:]]
+    # Not the last line alone: what a save in the background has cost is told some steps later.
+    logged = [int(line["step"]) for line in last_lines(run_dir)]
     return max([*logged, *saved_steps(run_dir)], default=0)
 
 

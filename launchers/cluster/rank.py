@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import sys
 import traceback
@@ -15,8 +14,14 @@ from typing import TYPE_CHECKING
 
 from dinov2_fsdp.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, RunFailed, UserError, show
 from dinov2_fsdp.parallel.place import Place
-from launchers.cluster.allocation import allocation_from_environment, life_from_environment, node_name, place_in_job
-from launchers.cluster.lives import FINISHED, INTERRUPTED, Cause, Lives
+from launchers.cluster.allocation import (
+    allocation_from_environment,
+    life_from_environment,
+    meeting_point,
+    node_name,
+    place_in_job,
+)
+from launchers.cluster.lives import FINISHED, INTERRUPTED, Cause, Lives, told
 from launchers.cluster.submission import Submission
 
 if TYPE_CHECKING:
@@ -37,12 +42,13 @@ class TrainingRank:
         submission = Submission.read(Path(self.submission))
         member = submission.members[allocation_from_environment().member]
         lives = Lives(Path(member.run_dir))
-        number, address, port = life_from_environment()
+        number, (address, port) = life_from_environment(), meeting_point()
         life = next(life for life in lives.all() if life.number == number)
         place = place_in_job(address, port, number)
         os.environ.update(place.to_environment(address, port))
         if Path(submission.folder).is_dir():
             os.chdir(submission.folder)
+        print(f"=== life {number} of rank {place.rank}, on {node_name()}", file=sys.stderr, flush=True)
         with _Failure(lambda cause: lives.rank_failed(number, cause), place.rank) as failure:
             code = failure.guard(lambda: _train(submission, member.config, place, lives, life.ports[1]))
         _on_signals(signal.SIG_IGN)
@@ -99,11 +105,8 @@ class _Failure(logging.Handler):
             return EXIT_FAILED
 
     def _tell(self, text: str, code: int = EXIT_FAILED, nodes: tuple[str, ...] | None = None) -> None:
-        # The rank that says so need not be the one that failed.
-        named = re.search(r"\brank\(?s?\)? (\d+)", text)
         kind = "mistake" if code == EXIT_USER_ERROR else "exception" if nodes is None else "preflight"
-        what = " ".join(text.split())[:400]
-        self.tell(Cause(kind, what, int(named[1]) if named else self.rank, None, nodes or (), self.rank))
+        self.tell(told(text, self.rank, kind, nodes or ()))
 
 
 def _text(error: BaseException) -> str:

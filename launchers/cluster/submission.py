@@ -88,6 +88,8 @@ class Demand:
     folder: Path
     """Of the submission."""
     members: int = 1
+    trains: bool = True
+    """Whether the script counts the lives of a run and decides what becomes of it."""
 
     @property
     def log(self) -> Path:
@@ -121,6 +123,10 @@ def parameters(demand: Demand) -> dict[str, Any]:
     options, folder = demand.options, shlex.quote(str(demand.folder))
     batch = f"{shlex.quote(sys.executable)} -m launchers.cluster.batch"
     exports = [f"export {name}={shlex.quote(value)}" for name, value in environment(demand).items()]
+    shield = [
+        "# SLURM tells ranks and script at once to end: the ranks save, and this script goes on to decide.",
+        "trap '' TERM",
+    ]
     extra: dict[str, Any] = {
         "requeue": True,
         "output": str(demand.log),
@@ -146,12 +152,11 @@ def parameters(demand: Demand) -> dict[str, Any]:
         "array_parallelism": options.array_parallelism,
         "additional_parameters": extra,
         "setup": [
-            "# SLURM tells ranks and script at once to end: the ranks save, and this script goes on to decide.",
-            "trap '' TERM",
+            *(shield if demand.trains else []),
             *options.setup,
             f"cd {shlex.quote(str(demand.folder / 'code'))} || exit 2",
             *exports,
-            f"settings=$({batch} begin {folder}) || exit $?",
+            f"settings=$({batch} {'begin' if demand.trains else 'meet'} {folder}) || exit $?",
             'eval "$settings"',
         ],
         "srun_args": [
@@ -160,7 +165,7 @@ def parameters(demand: Demand) -> dict[str, Any]:
             f"--cpus-per-task={demand.cpus}",  # srun does not inherit it from sbatch since SLURM 22.05
             f"--cpu-bind={options.cpu_bind}",
         ],
-        "teardown": [f"{batch} end {folder} $?"],
+        "teardown": [f"{batch} end {folder} $?"] if demand.trains else None,
     }
 
 

@@ -55,6 +55,7 @@ class Job:
 
     number: str
     run_dir: Path
+    pending_since: float | None = None
 
     @property
     def lives(self) -> list[Life]:
@@ -70,9 +71,16 @@ class Job:
         return (listing.split() or ["FORGOTTEN"])[0]
 
     def start_now(self) -> None:
-        """Spare a requeued job the two minutes that SLURM makes it wait."""
+        """Spare a requeued job most of the two minutes that SLURM makes it wait.
+
+        Not all: nodes refuse a job that starts within the second in which they gave up its last life.
+        """
         listing = slurm("squeue", "--noheader", "-o", "%T %r", "-j", self.number)
-        if listing.startswith("PENDING BeginTime"):
+        if not listing.startswith("PENDING BeginTime"):
+            self.pending_since = None
+        elif self.pending_since is None:
+            self.pending_since = time.monotonic()
+        elif time.monotonic() - self.pending_since > 4:
             slurm("scontrol", "update", f"JobId={self.number}", "StartTime=now")
 
     def wait_for_step(self, step: int, life: int = 1) -> None:
@@ -82,6 +90,7 @@ class Job:
             self.start_now()
             lives = self.lives
             assert not lives or lives[-1].next != "nothing", self.log
+            assert self.state not in ("FAILED", "CANCELLED"), self.log
             return bool(lives) and lives[-1].number >= life and last_step(self.run_dir) >= step
 
         wait_until(there, f"step {step} of life {life}; {self.log}")
@@ -104,9 +113,9 @@ class Job:
         return wait_until(over, f"end of job {self.number}; {self.log}", every=0.5)
 
     def processes(self, rank: int, life: int) -> list[int]:
-        """Return the process ids of a rank, as this machine sees them: those of the lab's nodes are all here."""
+        """Return a rank's process, not its children, as this machine sees it: the lab's nodes are all here."""
         wanted = {f"SLURM_JOB_ID={self.number}", f"SLURM_PROCID={rank}", f"DINOV2_FSDP_LIFE={life}"}
-        found = []
+        found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 variables = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
@@ -114,8 +123,8 @@ class Job:
             except OSError:
                 continue
             if wanted <= set(variables) and b"submitit.core._submit" in command:
-                found.append(int(folder.name))
-        return found
+                found[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+        return [process for process, parent in found.items() if parent not in found]
 
     def cancel(self) -> None:
         subprocess.run(["scancel", self.number], timeout=60, check=False)
@@ -154,5 +163,6 @@ def resumed_steps(job: Job) -> list[tuple[int, int]]:
 
 
 def lines_of(run_dir: Path) -> list[int]:
-    """Return the steps of the metrics, in the order of the file."""
-    return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """Return the steps whose losses are in the metrics, in the order of the file."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in lines if "loss" in line]

@@ -17,7 +17,7 @@ from jobs import Job, config_of, lab, lines_of, resumed_steps, slurm, submit, wa
 from training import differing, saved_steps, saved_tensors, train_alone
 
 from dinov2_fsdp.config import load
-from launchers.cluster.lives import FAILED, FINISHED, Life
+from launchers.cluster.lives import FAILED, FINISHED, INTERRUPTED, Life
 
 STEPS = 120
 PACE = 0.3
@@ -90,6 +90,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
 
 def _next(job: Job, life: int) -> bool:
     job.start_now()
+    assert job.state not in ("FAILED", "CANCELLED"), job.log
     return len(job.lives) > life
 
 
@@ -97,7 +98,10 @@ FAULTS = ("a rank killed", "a slurmd killed", "a node crashed", "a cable cut")
 
 
 def test_the_run_ends_with_the_weights_of_an_undisturbed_one(story: Story) -> None:
-    assert [life.outcome for life in story.job.lives] == [FAILED] * 4 + [FINISHED], story.job.log
+    # Where all ranks live on, as without a slurmd, they may still save before SLURM has taken their job away.
+    assert {life.outcome for life in story.job.lives[:-1]} <= {FAILED, INTERRUPTED}
+    assert len(story.job.lives) == 5, story.job.log
+    assert story.job.lives[-1].outcome == FINISHED
     expected = saved_tensors(story.undisturbed, STEPS)
     assert expected
     assert differing(saved_tensors(story.job.run_dir, STEPS), expected) == []
@@ -183,7 +187,7 @@ def test_the_same_failure_at_the_same_step_is_not_tried_again(tmp_path: Path) ->
     finally:
         job.cancel()
     assert [life.outcome for life in job.lives] == [FAILED, FAILED]
-    assert "the run stops: it failed the same way before, in life 1, at step 0" in job.log
+    assert "the run stops: it failed the same way before, in life 1, at step 4" in job.log
 
 
 def test_a_mistake_that_only_the_job_can_see_is_not_tried_again(tmp_path: Path) -> None:

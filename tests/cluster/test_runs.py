@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,9 +98,6 @@ def test_an_edit_of_the_checkout_does_not_change_a_queued_job(tmp_path: Path) ->
     slurm("cp", "-r", *(str(ROOT / part) for part in ("dinov2_fsdp", "eval", "launchers")), "-t", str(_made(checkout)))
     config = config_of(tmp_path, train__microbatch=4, train__duration="2it")
     launcher = checkout / "launchers" / "slurm.py"
-    import subprocess
-    import sys
-
     result = subprocess.run(
         [sys.executable, str(launcher), "--config", str(config), "--output-dir", str(tmp_path / "run"),
          "--cpus-per-gpu", "1", "--time", "60", "--slurm", "hold"],
@@ -146,9 +148,6 @@ def test_a_rank_that_meets_nobody_names_the_node_that_is_missing(tmp_path: Path)
     job = submit(config, tmp_path / "run", "--nodes", "2", "--meet-seconds", "20", "--max-restarts", "0")
     try:
         (process,) = wait_until(lambda: job.processes(rank=1, life=1), "a process of rank 1", every=0.02)
-        import os
-        import signal
-
         os.kill(process, signal.SIGSTOP)
         life = job.wait_for_end_of(1)
     finally:
@@ -157,3 +156,40 @@ def test_a_rank_that_meets_nobody_names_the_node_that_is_missing(tmp_path: Path)
     assert life.cause.kind == "preflight"
     assert f"rank(s) 1 on {life.nodes[1]} did not answer within 20 s" in life.cause.what
     assert life.cause.nodes == (life.nodes[1],)
+
+
+def test_a_slow_node_is_named_and_left_out(tmp_path: Path) -> None:
+    """The network of one node of the lab is throttled; three nodes tell which of them it is."""
+    lab("init-pid", "2")
+    throttle = [
+        "tc",
+        "qdisc",
+        "add",
+        "dev",
+        "slv2",
+        "root",
+        "tbf",
+        "rate",
+        "50mbit",
+        "burst",
+        "32kbit",
+        "latency",
+        "1s",
+    ]
+    if shutil.which("tc") is None or subprocess.run(throttle, capture_output=True, check=False).returncode:
+        pytest.skip("this machine cannot throttle a network interface")
+    config = config_of(tmp_path, data__train="scenes:n=24,size=32", train__batch=12, train__microbatch=4)
+    job = submit(config, tmp_path / "run", "--nodes", "3", "--preflight", "exclude", "--slurm", "nodelist=node2")
+    try:
+        life = job.wait_for_end_of(1)
+        # What the user has asked for by name cannot be left out as well.
+        slurm("scontrol", "update", f"JobId={job.number}", "ReqNodeList=")
+        assert job.wait() == "COMPLETED", job.log
+    finally:
+        job.cancel()
+        subprocess.run(["tc", "qdisc", "del", "dev", "slv2", "root"], check=False)
+    assert life.cause is not None
+    assert life.cause.nodes == ("node2",)
+    assert re.search(r"node2 is slow: link takes [\d.]+ ms, [\d.]+ × the median", life.cause.what)
+    assert "node2" in life.nodes
+    assert "node2" not in job.lives[-1].nodes

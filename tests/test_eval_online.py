@@ -1,0 +1,86 @@
+"""Evaluations of the sharded teacher, as a run calls them at an interval."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from evaluation import CPU
+from ranks import run_on_ranks
+from tiny import tiny_config
+
+from dinov2_fsdp.config import Config
+from dinov2_fsdp.models.initialise import initialise
+from dinov2_fsdp.ssl.network import Network
+from dinov2_fsdp.train import build_networks
+from eval.online import ONLINE
+
+TASKS = ("knn", "linear", "logistic", "segmentation", "depth", "retrieval")
+
+
+def config() -> Config:
+    return tiny_config(
+        data__train="scenes:n=41,size=16",
+        eval__test="scenes:n=13,size=16,split=test",
+        eval__size=16,
+        eval__resize=16,
+        eval__batch=8,
+        eval__k=[1, 5],
+        parallel__device="cpu",
+    )
+
+
+def alone() -> dict[str, float]:
+    network = Network(config()).eval()
+    initialise(network, 0, 0.1)
+    return {
+        name: value for task in TASKS for name, value in ONLINE[task](network.features, config(), 0, 1, CPU).items()
+    }
+
+
+def sharded() -> tuple[dict[str, float], bool]:
+    from training import this_world
+
+    world = this_world()
+    student, teacher = build_networks(config(), world)
+    initialise(teacher, 0, 0.1)
+    teacher.eval()
+    found: dict[str, float] = {}
+    for task in TASKS:
+        found |= ONLINE[task](teacher.features, config(), world.rank, world.size, CPU)
+    # Weights that stay gathered would not see the next update.
+    return found, all(isinstance(p, dist.tensor.DTensor) for p in teacher.parameters())
+
+
+def test_every_registered_task_is_tried_here() -> None:
+    assert set(ONLINE) == set(TASKS)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_tasks_on_a_sharded_teacher_find_what_they_find_on_the_whole_one() -> None:
+    expected = alone()
+    assert all(math.isfinite(value) for value in expected.values())
+    assert {"knn_5", "linear_top1", "logistic_top1", "segmentation_miou", "depth_rmse", "retrieval_map"} <= set(
+        expected
+    )
+    for found, resharded in run_on_ranks(sharded, 2):
+        assert resharded
+        assert set(found) == set(expected)
+        for name, value in found.items():
+            # One image of 13 may fall to the other side of a boundary by rounding.
+            assert value == pytest.approx(expected[name], abs=8, rel=0.05), name
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_diverged_backbone_gives_nan_and_lets_the_run_decide(task: str) -> None:
+    def features(images: torch.Tensor) -> dict[str, Any]:
+        patches = images.new_full((len(images), images.shape[2] // 4 * (images.shape[3] // 4), 8), torch.nan)
+        return {"x_norm_clstoken": patches[:, 0], "x_norm_patchtokens": patches}
+
+    found = ONLINE[task](features, config(), 0, 1, CPU)
+    assert found
+    assert all(math.isnan(value) for value in found.values())
