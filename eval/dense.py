@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from dinov2_fsdp.data.stream import Stream
 from dinov2_fsdp.parallel.world import World
 from dinov2_fsdp.rng import generator
-from eval.features import IMAGENET_MEAN, IMAGENET_STD, Features, progress_bar
+from eval.features import IMAGENET_MEAN, IMAGENET_STD, Features, gather_rows, prepare, progress_bar
+from eval.pairs import Pairs
 
 Grid = Callable[[Tensor], Tensor]
 """Normalised images (B, 3, H, W) whose sides the patch divides, to features (B, C, H / patch, W / patch)."""
@@ -115,6 +116,55 @@ class LinearHead(nn.Module):
         return self.linear(inputs if self.norm is None else self.norm(inputs, counted))
 
 
+class KeptSamples(Dataset[Any]):
+    """Samples whose features were made once: each step draws ``batch`` of them, with nothing changed.
+
+    Args:
+        grids: (n, C, h, w). targets: (n, H, W).
+    """
+
+    def __init__(self, grids: Tensor, targets: Tensor, batch: int, seed: int) -> None:
+        self.grids, self.targets, self.batch = grids, targets, batch
+        self.stream = Stream(seed, len(grids), batch)
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, int]:
+        chosen = torch.from_numpy(self.stream.samples(step, 0, self.batch))
+        return self.grids[chosen], self.targets[chosen], self.batch
+
+
+def keep_grids(
+    grid: Grid, pairs: Pairs, target: Callable[[int], NDArray[Any]], count: int, size: int, batch: int, world: World
+) -> tuple[Tensor, Tensor]:
+    """Return (features (count, C, h, w), targets (count, size, size)) of central crops; ranks share the forwards.
+
+    Args:
+        target: of a pair, (H, W). size: side of the crops, pixels; a multiple of the patch.
+    """
+    rows: list[Tensor] = []
+    share = list(own_share(count, world.rank, world.size))
+    for start in range(0, len(share), batch):
+        part = share[start : start + batch]
+        # Places without an image of their own are filled: a sharded backbone's forward is collective.
+        crops = [to_input(prepare(pairs.image(index or 0), size, size)) for index in part]
+        found = grid(torch.from_numpy(np.stack(crops)).to(world.device))
+        rows.append(found[[place for place, index in enumerate(part) if index is not None]].cpu())
+    everyone = gather_rows(torch.cat(rows), world.size, world.device)
+    order = np.argsort(np.concatenate([np.arange(rank, count, world.size) for rank in range(world.size)]))
+    targets = np.stack([_central(target(index), size) for index in range(count)])
+    return everyone[torch.from_numpy(order)], torch.from_numpy(targets)
+
+
+def _central(values: NDArray[Any], size: int) -> NDArray[Any]:
+    """Return the values at the pixels of ``prepare(image, size, size)``, by the nearest one."""
+    height, width = values.shape
+    scale = size / min(height, width)
+    rows, columns = max(size, int(height * scale)), max(size, int(width * scale))
+    top, left = round((rows - size) / 2), round((columns - size) / 2)
+    y = ((np.arange(size) + top + 0.5) * height / rows).astype(int)
+    x = ((np.arange(size) + left + 0.5) * width / columns).astype(int)
+    return values[np.minimum(y, height - 1)[:, None], np.minimum(x, width - 1)]
+
+
 def warm(step: int, warmup: int, start: float) -> float:
     """Return the factor of a linear warm-up from ``start`` to 1 over ``warmup`` steps."""
     return 1.0 if step >= warmup else 1.0 - (1.0 - start) * (1.0 - step / warmup)
@@ -165,7 +215,7 @@ class Samples(Dataset[Any]):
 
 def train_head(
     head: LinearHead,
-    samples: Samples,
+    samples: Samples | KeptSamples,
     loss: Callable[[Tensor, Tensor, int, int], Tensor],
     rate: Callable[[int], float],
     optimizer: torch.optim.Optimizer,

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageEnhance
+from PIL import Image
 from torch import Tensor
 
 from dinov2_fsdp.config import Config
@@ -33,10 +33,12 @@ from dinov2_fsdp.parallel.world import World
 from eval import command
 from eval.dense import (
     Grid,
+    KeptSamples,
     LinearHead,
     Sample,
     Samples,
     grid_of,
+    keep_grids,
     on_pixels,
     own_share,
     tile,
@@ -44,18 +46,19 @@ from eval.dense import (
     train_head,
     warm,
 )
-from eval.features import BLOCKS, NotFinite, progress_bar, reduce_over_ranks
+from eval.depth_crops import training_sample
+from eval.features import BLOCKS, Features, NotFinite, progress_bar, reduce_over_ranks
 from eval.metrics import DEPTH_METRICS, depth_metrics
 from eval.pairs import Pairs, check_pairs, open_pairs
 
 NYU_SIZE = (480, 640)
-NYU_BORDER = (45, 43, 472, 608)
-"""Top, left, bottom, right of what NYUv2's images show inside their white border."""
 EIGEN_CROP = (45, 41, 471, 601)
 """Top, left, bottom, right of the pixels that count (Eigen et al.), of NYUv2's 480 × 640."""
 UPSAMPLE = 4
 BIN_FLOOR = 0.1
 EXAMPLES = 4
+KEPT = 512
+"""Training images whose features an evaluation during pretraining keeps."""
 _EPS = 1e-3
 _MEAN_WEIGHT = 0.15
 _MEAN_ONLY_STEPS = 100
@@ -171,16 +174,15 @@ class DepthEstimator:
 
     def depth(self, images: Tensor) -> Tensor:
         """Return the depth (B, H, W) of normalised images (B, 3, H, W), metres."""
-        s = self.settings
+        return on_pixels(images, self.patch, self.from_grid, self.grid)[:, 0]
 
-        def head(inputs: Tensor) -> Tensor:
-            # The linear layer and bilinear interpolation commute; at the patches it costs a sixteenth.
-            logits = self.head(inputs)
-            size = (logits.shape[2] * UPSAMPLE, logits.shape[3] * UPSAMPLE)
-            finer = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-            return depth_of(finer, s.min_depth, s.max_depth)
-
-        return on_pixels(images, self.patch, head, self.grid)[:, 0]
+    def from_grid(self, inputs: Tensor) -> Tensor:
+        """Return the depth (B, 1, 4·h, 4·w) that a grid of features (B, C, h, w) gives, metres."""
+        # The linear layer and bilinear interpolation commute; at the patches it costs a sixteenth.
+        logits = self.head(inputs)
+        size = (logits.shape[2] * UPSAMPLE, logits.shape[3] * UPSAMPLE)
+        finer = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        return depth_of(finer, self.settings.min_depth, self.settings.max_depth)
 
     def train(self, pairs: Pairs, workers: int = 0, title: str = "") -> None:
         """Train the head on ``pairs``; all ranks call this."""
@@ -205,8 +207,23 @@ class DepthEstimator:
         return s.rate * 0.5 * (1 + math.cos(math.pi * step / s.iterations)) * warm(step, s.warmup, 1e-3)
 
     def _loss(self, images: Tensor, targets: Tensor, count: int, step: int) -> Tensor:
-        valid = (targets > self.settings.min_depth) & (targets <= self.settings.max_depth)
-        return silog_loss(self.depth(images), targets, valid, step, self.world.size)
+        return silog_loss(self.depth(images), targets, self._valid(targets), step, self.world.size)
+
+    def _valid(self, targets: Tensor) -> Tensor:
+        return (targets > self.settings.min_depth) & (targets <= self.settings.max_depth)
+
+    def train_on_kept(self, pairs: Pairs, count: int, size: int, batch: int) -> None:
+        """Train the head on features of central crops that are made once; ranks share only the making."""
+        s = self.settings
+        grids, targets = keep_grids(self.grid, pairs, pairs.target, count, size, batch, self.world)
+
+        def loss(kept: Tensor, truth: Tensor, number: int, step: int) -> Tensor:
+            depth = F.interpolate(self.from_grid(kept), size=truth.shape[1:], mode="bilinear", align_corners=False)
+            return silog_loss(depth[:, 0], truth, self._valid(truth), step)
+
+        optimizer = torch.optim.AdamW(self.head.parameters(), s.rate, weight_decay=s.weight_decay)
+        samples = KeptSamples(grids, targets, s.train_batch, s.seed)
+        train_head(self.head, samples, loss, self._rate, optimizer, s.iterations, replace(self.world, rank=0, size=1))
 
     @torch.no_grad()
     def predict(self, image: Image.Image) -> NDArray[np.float32]:
@@ -261,42 +278,8 @@ class _Make:
         self.pairs, self.settings = pairs, settings
 
     def __call__(self, index: int, rng: np.random.Generator) -> Sample:
-        return training_sample(self.pairs.image(index), self.pairs.target(index), self.settings, rng)
-
-
-def training_sample(
-    image: Image.Image, depth: NDArray[np.floating], settings: Settings, rng: np.random.Generator
-) -> Sample:
-    """Return an augmented image (3, H, W) and its depth (H, W) float32, 0 where unknown.
-
-    NYUv2's border off, rotation by up to 2.5° half of the time, mirrored half of the time, a random crop, gamma,
-    brightness and colours changed half of the time: the recipe of BTS (arXiv 1907.10326) that published heads use.
-    """
-    depths = Image.fromarray(np.asarray(depth, np.float32))
-    if settings.nyu:
-        top, left, bottom, right = NYU_BORDER
-        image, depths = (picture.crop((left, top, right, bottom)) for picture in (image, depths))
-        angle = rng.uniform(-2.5, 2.5) if rng.random() < 0.5 else 0.0
-        image = image.rotate(angle, Image.Resampling.BILINEAR)
-        depths = depths.rotate(angle, Image.Resampling.NEAREST)
-    if rng.random() < 0.5:
-        image, depths = (picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in (image, depths))
-    height, width = settings.crop
-    if height and width:
-        top = int(rng.integers(max(image.height - height, 0) + 1))
-        left = int(rng.integers(max(image.width - width, 0) + 1))
-        box = (left, top, left + width, top + height)
-        image, depths = image.crop(box), depths.crop(box)
-    if rng.random() < 0.5:
-        image = _colour(image, rng)
-    return to_input(image), np.asarray(depths, np.float32).copy()
-
-
-def _colour(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    gamma, brightness = rng.uniform(0.9, 1.1), rng.uniform(0.75, 1.25)
-    bright = ImageEnhance.Brightness(image.point([round(255 * (v / 255) ** gamma) for v in range(256)] * 3))
-    pixels = np.asarray(bright.enhance(brightness), np.float32) * rng.uniform(0.9, 1.1, 3)
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+        s = self.settings
+        return training_sample(self.pairs.image(index), self.pairs.target(index), s.crop, s.nyu, rng)
 
 
 def _paint(depth: NDArray[np.floating], high: float) -> NDArray[np.uint8]:
@@ -317,10 +300,15 @@ def estimate(
     settings: Settings,
     world: World,
     *,
+    kept: tuple[int, int, int] | None = None,
     workers: int = 0,
     progress: bool = True,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Return (metrics, number of images that counted and pictures); all ranks get the same metrics.
+
+    Args:
+        kept: (images, size, batch): train on the features of so many central crops of this size, made once, a batch at
+            a time, instead of on augmented images.
 
     Raises:
         NotFinite: the features are no finite numbers.
@@ -329,7 +317,10 @@ def estimate(
     if not probe.isfinite().all():
         raise NotFinite("the features are not finite: the run diverged; use an earlier --step")
     estimator = DepthEstimator(grid, patch, probe.shape[1], settings, world)
-    estimator.train(train, workers, "steps of the head" if progress else "")
+    if kept:
+        estimator.train_on_kept(train, min(kept[0], len(train)), *kept[1:])
+    else:
+        estimator.train(train, workers, "steps of the head" if progress else "")
     metrics, number, examples = estimator.test(test, "test images" if progress else "")
     return metrics, {"images": number, "examples": examples}
 
@@ -352,23 +343,26 @@ def open_both(train: str, test: str, settings: Settings, cache: str | None, prog
     return found[0], found[1]
 
 
-def online_depth(features: Any, config: Config, rank: int, world_size: int, device: torch.device) -> dict[str, float]:
+def online_depth(
+    features: Features, config: Config, rank: int, world_size: int, device: torch.device
+) -> dict[str, float]:
     """Return ``{"depth_rmse": metres, …}`` for the backbone in training; all ranks call this together.
 
-    A short training of the head (200 steps) on ``eval.train`` and a test on ``eval.test``, which must be scenes or have
-    depth; the last block only. Features that are not finite give NaN.
+    ``eval.train`` and ``eval.test`` must be scenes or have depth. Features of at most 512 training images are made
+    once; the head, on the last block, then takes 200 steps on them. Features that are not finite give NaN.
     """
     c = config.eval
     train, test = command.specs_of(config, None, None, "depth estimation")
-    settings = Settings(max_train=c.max_train, max_test=c.max_test, seed=config.seed)
+    settings = Settings(max_test=c.max_test, seed=config.seed)
     if train.startswith("scenes:"):
         settings = for_scenes(settings)
-    settings = replace(settings, iterations=200, warmup=20, rate=1e-3)
+    settings = replace(settings, iterations=200, warmup=20, rate=1e-2)
     first, second = open_both(train, test, settings, config.data.cache, progress=False)
     world, patch = World(rank, world_size, rank, device), config.model.patch
     grid = grid_of(features, patch, tokens_with_class)
     try:
-        metrics, _ = estimate(grid, patch, first, second, settings, world, progress=False)
+        kept = (min(c.max_train or KEPT, KEPT), c.size, c.batch)
+        metrics, _ = estimate(grid, patch, first, second, settings, world, kept=kept, progress=False)
     except NotFinite:
         metrics = dict.fromkeys(DEPTH_METRICS, float("nan"))
     return {f"depth_{name}": value for name, value in metrics.items()}

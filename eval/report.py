@@ -185,6 +185,10 @@ def _picture(file: Path, before: str = "") -> str:
     )
 
 
+def _config(file: Path) -> str:
+    return f"<details><summary>{file.name}</summary><pre>{escape(file.read_text())}</pre></details>"
+
+
 def _environment(file: Path) -> str:
     values = _read(file)
     rows = "".join(f"<tr><th>{escape(key)}</th><td>{escape(_text(value))}</td></tr>" for key, value in values.items())

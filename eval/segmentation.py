@@ -34,11 +34,13 @@ from dinov2_fsdp.parallel.world import World
 from eval import command
 from eval.dense import (
     Grid,
+    KeptSamples,
     LinearHead,
     Sample,
     Samples,
     colours,
     grid_of,
+    keep_grids,
     on_pixels,
     own_share,
     short_side_size,
@@ -48,13 +50,15 @@ from eval.dense import (
     warm,
     windows,
 )
-from eval.features import NotFinite, patch_grid, progress_bar, reduce_over_ranks
+from eval.features import Features, NotFinite, patch_grid, progress_bar, reduce_over_ranks
 from eval.metrics import confusion_matrix, intersection_over_union, segmentation_metrics
 from eval.pairs import Pairs, ScenePairs, check_pairs, open_pairs
 from eval.segmentation_crops import LONGEST, VOID, training_sample
 
 PUBLISHED_RATIOS = (1.0, 1.32, 1.73, 2.28, 3.0)
 EXAMPLES = 4
+KEPT = 512
+"""Training images whose features an evaluation during pretraining keeps."""
 
 
 @dataclass
@@ -161,6 +165,25 @@ class Segmenter:
             dist.all_reduce(counted)
         return F.cross_entropy(logits, targets, ignore_index=VOID, reduction="sum") / counted.clamp(min=1)
 
+    def train_on_kept(self, pairs: Pairs, count: int) -> None:
+        """Train the head on features of central crops that are made once; ranks share only the making."""
+        s = self.settings
+        grids, targets = keep_grids(
+            self.grid, pairs, lambda index: labels_of(pairs, index, s), count, s.crop, s.batch, self.world
+        )
+        alone = replace(self.world, rank=0, size=1)
+        if self.head.norm is not None:
+            self.head.norm.world_size = 1
+
+        def loss(kept: Tensor, truth: Tensor, number: int, step: int) -> Tensor:
+            logits = F.interpolate(self.head(kept), size=truth.shape[1:], mode="bilinear", align_corners=False)
+            known = (truth != VOID).sum().clamp(min=1)
+            return F.cross_entropy(logits, truth.long(), ignore_index=VOID, reduction="sum") / known
+
+        optimizer = torch.optim.AdamW(self.head.parameters(), s.rate, weight_decay=s.weight_decay)
+        samples = KeptSamples(grids, targets, s.train_batch, s.seed)
+        train_head(self.head, samples, loss, self._rate, optimizer, s.iterations, alone)
+
     @torch.no_grad()
     def probabilities(self, image: Image.Image) -> Tensor:
         """Return the classes' probabilities (classes, height, width), averaged over windows and ratios."""
@@ -264,10 +287,14 @@ def segment(
     settings: Settings,
     world: World,
     *,
+    kept: int = 0,
     workers: int = 0,
     progress: bool = True,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Return (metrics in percent, IoU by class and pictures); all ranks call this and get the same metrics.
+
+    Args:
+        kept: train on the features of so many central crops, made once, instead of on random crops.
 
     Raises:
         NotFinite: the features are no finite numbers.
@@ -276,36 +303,38 @@ def segment(
     if not probe.isfinite().all():
         raise NotFinite("the features are not finite: the run diverged; use an earlier --step")
     segmenter = Segmenter(grid, patch, probe.shape[1], settings, world)
-    segmenter.train(train, workers, "steps of the head" if progress else "")
+    if kept:
+        segmenter.train_on_kept(train, min(kept, len(train)))
+    else:
+        segmenter.train(train, workers, "steps of the head" if progress else "")
     confusion, examples = segmenter.test(test, sizes, "test images" if progress else "")
     iou = [round(100 * value, 2) for value in intersection_over_union(confusion).tolist()]
     return segmentation_metrics(confusion), {"iou": iou, "pixels": int(confusion.sum()), "examples": examples}
 
 
 def online_segmentation(
-    features: Any, config: Config, rank: int, world_size: int, device: torch.device
+    features: Features, config: Config, rank: int, world_size: int, device: torch.device
 ) -> dict[str, float]:
     """Return ``{"segmentation_miou": percent, …}`` for the backbone in training; all ranks call this together.
 
-    A short training of the head (200 steps) on ``eval.train`` and a test on ``eval.test``, which must be scenes or
-    have annotations; the last block only. Features that are not finite give NaN.
+    ``eval.train`` and ``eval.test`` must be scenes or have annotations. Features of at most 512 training images are
+    made once; the head, on the last block, then takes 200 steps on them. Features that are not finite give NaN.
     """
     c = config.eval
     train, test = command.specs_of(config, None, None, "segmentation")
-    settings = Settings(max_train=c.max_train, max_test=c.max_test, seed=config.seed, batch=c.batch)
+    settings = Settings(max_test=c.max_test, seed=config.seed, batch=c.batch)
     pairs = open_pairs(train, "segmentation", config.data.cache)
     if isinstance(pairs, ScenePairs):
         settings = for_scenes(pairs, settings)
     settings = replace(
-        settings, iterations=200, warmup=10, short_side=c.resize, crop=c.size, stride=max(1, 2 * c.size // 3)
+        settings, iterations=200, warmup=10, rate=1e-2, short_side=c.resize, crop=c.size, stride=max(1, 2 * c.size // 3)
     )
     first, second, sizes = open_both(train, test, settings, config.data.cache, progress=False)
-    patch = config.model.patch
-    world = World(rank, world_size, rank, device)
+    patch, world = config.model.patch, World(rank, world_size, rank, device)
+    kept = min(c.max_train or KEPT, KEPT)
     try:
-        metrics, _ = segment(
-            grid_of(features, patch, patch_grid), patch, first, second, sizes, settings, world, progress=False
-        )
+        grid = grid_of(features, patch, patch_grid)
+        metrics, _ = segment(grid, patch, first, second, sizes, settings, world, kept=kept, progress=False)
     except NotFinite:
         metrics = dict.fromkeys(("miou", "accuracy", "mean_accuracy"), float("nan"))
     return {f"segmentation_{name}": value for name, value in metrics.items()}

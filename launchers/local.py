@@ -40,6 +40,8 @@ from dinov2_fsdp.parallel.place import (
 if TYPE_CHECKING:
     from dinov2_fsdp.config import Config
 
+LOCK = ".lock"
+"""File in a run directory that whoever trains there holds locked."""
 GRACE = 10.0
 """Seconds that the other ranks get to end by themselves after one has failed."""
 
@@ -90,9 +92,9 @@ def main() -> int:
                 from dinov2_fsdp.planner import plan
 
                 print(plan(config, processes, kind, images))
-            else:
+            elif place.launcher is None:
                 _check_run_directory(config, arguments.overwrite)
-                if place.life is None and place.launcher is None:
+                if place.life is None:
                     held.enter_context(_lock(Path(config.output_dir)))
         if arguments.dry_run:
             return 0
@@ -138,7 +140,8 @@ def _check_run_directory(config: Config, overwrite: bool) -> None:
     if overwrite and saved.is_file() and (directory / "logs").is_dir():
         _lock(directory).close()
         shutil.rmtree(directory)
-    if directory.is_dir() and any(directory.iterdir()) and not saved.is_file() and not (directory / "logs").is_dir():
+    content = {path.name for path in directory.iterdir()} - {LOCK} if directory.is_dir() else set()
+    if content and not saved.is_file() and not (directory / "logs").is_dir():
         raise UserError(f"{directory} is not empty and holds no run; choose another output_dir")
     if saved.is_file():
         differences = _differences(load(saved), config)
@@ -161,7 +164,7 @@ def _lock(directory: Path) -> TextIO:
     Jobs of a scheduler have the number of their life instead: one that is cut off from the others could hold a lock
     for ever.
     """
-    file = (directory / ".lock").open("a+")
+    file = (directory / LOCK).open("a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

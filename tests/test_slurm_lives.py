@@ -81,7 +81,9 @@ srun: Force Terminated StepId=5416105.0
          (FAILED, RAISED)),
         (137, None, [Cause("mistake", "no such data", 0)], "srun: error: node1: task 0: Exited with exit code 2\n",
          (MISTAKE, Cause("mistake", "no such data", 0))),
-        (1, None, [], "srun: error: node1: task 0: Exited with exit code 1\nsrun: error: Node failure on node2\nsrun: error: node1: task 0: Killed\n", (FAILED, NODE)),
+        # SLURM takes its time to notice that a node is gone.
+        (1, None, [], "srun: error: node1: task 0: Exited with exit code 1\nsrun: error: Node failure on node2\n",
+         (FAILED, NODE)),
         (140, None, [], "srun: error: node1: tasks 0-1: User defined signal 2\n",
          (INTERRUPTED, Cause("signal", "User defined signal 2", 0, "node1"))),
         (5, None, [], "srun: error: node1: task 1: Exited with exit code 5\n",

@@ -39,6 +39,7 @@ class TrainingRank:
     def __call__(self) -> None:
         # Until the training listens to them, a request to stop ends the rank: there is nothing to save yet.
         _on_signals(signal.SIG_DFL)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)  # submitit would log it, in the middle of the progress
         submission = Submission.read(Path(self.submission))
         member = submission.members[allocation_from_environment().member]
         lives = Lives(Path(member.run_dir))

@@ -122,7 +122,8 @@ class Job:
                 command = (folder / "cmdline").read_bytes()
             except OSError:
                 continue
-            if wanted <= set(variables) and b"submitit.core._submit" in command:
+            # The batch script's srun bears the marks of rank 0 as well.
+            if wanted <= set(variables) and b"submitit.core._submit" in command and not command.startswith(b"srun"):
                 found[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         return [process for process, parent in found.items() if parent not in found]
 
