@@ -72,7 +72,7 @@ def main() -> None:
     x = centres[labels] + 2.5 * rng.normal(size=(1000, 64))
     for c in (1e-6, 1e-3, 1.0, 1e5):
         mine = fit(torch.tensor(x[:600]), torch.tensor(labels[:600]), 10, c)
-        theirs = LogisticRegression(C=c, tol=1e-12, max_iter=20_000).fit(x[:600], labels[:600])
+        theirs = LogisticRegression(C=c, tol=1e-12, max_iter=20_000, solver="newton-cg").fit(x[:600], labels[:600])
         mine_p = torch.softmax(torch.tensor(x) @ mine.weight.T + mine.bias, dim=1).numpy()
         rows.append(
             (

@@ -57,5 +57,7 @@ def schedules(config: Config, length: Lengths) -> Schedules:
         teacher_temperature_start=config.loss.teacher_temperature_start,
         teacher_temperature=config.loss.teacher_temperature,
         teacher_temperature_warmup_steps=steps(config.loss.teacher_temperature_warmup),
+        freeze_backbone_steps=steps(config.init.freeze),
+        backbone_learning_rate=config.init.backbone_lr,
         freeze_prototypes_steps=steps(config.optim.freeze_prototypes),
     )

@@ -47,6 +47,7 @@ from dinov2_fsdp.signals import StopSignals
 from dinov2_fsdp.ssl.ema import Ema
 from dinov2_fsdp.ssl.step import SelfDistillation
 from dinov2_fsdp.timetable import lengths, schedules
+from dinov2_fsdp.weights.initial import start_from
 
 logger = logging.getLogger(__name__)
 
@@ -175,6 +176,8 @@ def run(
         start, evaluated, bad_images = saved.step, state["evaluated"], state["bad_images"]
     else:
         initialise(student, config.seed, config.model.layer_scale)
+        if config.init.backbone:
+            logger.info("%s", start_from(config.init.backbone, config.model, student.backbone))
         ema.copy()
 
     step_now = start
@@ -255,6 +258,7 @@ def run(
                 **method.centre_norms(),
                 "skipped": skip,
                 "lr": values.learning_rate,
+                "lr_backbone": values.learning_rate * values.backbone_factor,
                 "lr_prototypes": values.prototype_learning_rate,
                 "weight_decay": values.weight_decay,
                 "teacher_momentum": values.teacher_momentum,

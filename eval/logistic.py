@@ -45,6 +45,8 @@ from eval.features import (
 from eval.linear import hold_out
 
 _HISTORY = 20
+_MAGNIFIED = 1e10
+"""Factor on the objective: torch's solver forgets curvature whose measure is below 1e-10."""
 
 
 @dataclass
@@ -124,8 +126,9 @@ def fit(
     weight.requires_grad_()
     bias.requires_grad_()
     solver = torch.optim.LBFGS(
-        [weight, bias], lr=1.0, max_iter=max_iterations, max_eval=2 * max_iterations, tolerance_grad=tolerance,
-        tolerance_change=1e-16, history_size=_HISTORY, line_search_fn="strong_wolfe",
+        [weight, bias], lr=1.0, max_iter=max_iterations, max_eval=2 * max_iterations,
+        tolerance_grad=_MAGNIFIED * tolerance, tolerance_change=1e-16, history_size=_HISTORY,
+        line_search_fn="strong_wolfe",
     )  # fmt: skip
 
     def closure() -> Tensor:
@@ -140,9 +143,9 @@ def fit(
             dist.all_reduce(packed)
         packed /= total
         split = weight.numel()
-        weight.grad = scale * (packed[:split].view_as(weight) + decay * actual)
-        bias.grad = packed[split:-1].clone()
-        return packed[-1] + 0.5 * decay * actual.square().sum()
+        weight.grad = _MAGNIFIED * scale * (packed[:split].view_as(weight) + decay * actual)
+        bias.grad = _MAGNIFIED * packed[split:-1]
+        return _MAGNIFIED * (packed[-1] + 0.5 * decay * actual.square().sum())
 
     solver.step(closure)
     iterations = int(solver.state[weight].get("n_iter", 0))

@@ -23,7 +23,9 @@ SMALL = Settings(resize=20, size=8, batch=16, c_powers=(-4.0, 2.0), c_values=4, 
 def test_the_fit_is_that_of_scikit_learn_to_four_digits(c: float) -> None:
     rows, labels = blobs(200, 1)
     ours = fit(rows.double(), labels, 4, c)
-    theirs = LogisticRegression(C=c, tol=1e-12, max_iter=20_000).fit(rows.double().numpy(), labels.numpy())
+    theirs = LogisticRegression(C=c, tol=1e-12, max_iter=20_000, solver="newton-cg").fit(
+        rows.double().numpy(), labels.numpy()
+    )
     assert np.abs(ours.weight.numpy() - theirs.coef_).max() < 1e-4 * max(1, np.abs(theirs.coef_).max())
     assert np.abs(ours.bias.numpy() - theirs.intercept_).max() < 1e-4
     probabilities = torch.softmax(rows.double() @ ours.weight.T + ours.bias, dim=1).numpy()

@@ -189,7 +189,7 @@ def test_time_limits_are_read_as_sbatch_reads_them(text: str, minutes: int) -> N
         (["--cpus-per-gpu", "65"], "1 ranks × 65 cores per node: the nodes of partition 'low' have 64; use --cpus"),
         (["--partition", "short", "--time", "2h"], "--time 2h: partition 'short' allows 60 minutes"),
         (["--partition", "short", "parallel.device=cuda", "--gpus-per-node", "1"], "have 0; use another --partition"),
-        (["data.train=folder:/nowhere/at/all"], "/nowhere/at/all does not exist here\nwhere only the nodes see it, add"),
+        (["data.train=folder:/nowhere/at/all"], "/nowhere/at/all does not exist here\nwhere only the nodes see it"),
     ],
 )  # fmt: skip
 def test_what_the_cluster_has_not_is_refused(
@@ -278,7 +278,8 @@ def test_options_reach_the_script(stub: Stub, working_folder: Path) -> None:
     )  # fmt: skip
     script = (folder / "script").read_text()
     for line in (
-        "#SBATCH --time=60", "#SBATCH --mem=7G", "#SBATCH --partition=low", "#SBATCH --account=lab", "#SBATCH --qos=fast",
+        "#SBATCH --time=60",
+        "#SBATCH --mem=7G", "#SBATCH --partition=low", "#SBATCH --account=lab", "#SBATCH --qos=fast",
         "#SBATCH --constraint='big|new'", "#SBATCH --exclude=n1", "#SBATCH --reservation=mine", "#SBATCH --exclusive",
         "export NCCL_DEBUG=INFO", "export GLOO_SOCKET_IFNAME=ib0", "export NCCL_SOCKET_IFNAME=ib0", "module load x",
     ):  # fmt: skip

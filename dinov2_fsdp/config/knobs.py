@@ -173,6 +173,17 @@ class OptimConfig:
 
 
 @dataclass
+class InitConfig:
+    backbone: str | None = None
+    """Weights that student and teacher start from instead of random ones: a file, folder or run that weights can be
+    read from. Heads start anew."""
+    freeze: str = "0it"
+    """How long such a backbone keeps its weights while the heads warm up."""
+    backbone_lr: float = 1.0
+    """Factor on the backbone's learning rate afterwards."""
+
+
+@dataclass
 class TeacherConfig:
     momentum: tuple[float, float] = (0.992, 1.0)
     """EMA momentum at the first and the last step (cosine)."""
@@ -285,6 +296,7 @@ class Config:
     dino_head: HeadConfig = field(default_factory=HeadConfig)
     ibot_head: IbotHeadConfig = field(default_factory=IbotHeadConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -28,7 +28,7 @@ _CHOICES: dict[str, Iterable[str]] = {
     "parallel.activation_checkpointing": ("none", "selective", "full"),
 }
 _DURATIONS = (
-    "train.duration", "loss.teacher_temperature_warmup", "optim.warmup", "optim.freeze_prototypes",
+    "train.duration", "loss.teacher_temperature_warmup", "init.freeze", "optim.warmup", "optim.freeze_prototypes",
     "checkpoint.every", "checkpoint.keep_every", "log.every", "eval.every",
 )  # fmt: skip
 _ABOVE_ZERO = (
@@ -43,7 +43,7 @@ _ABOVE_ZERO = (
 _AT_LEAST_ZERO = (
     "seed", "data.workers", "data.max_bad_images", "crops.local_number", "model.registers", "model.layer_scale",
     "loss.dino", "loss.ibot", "loss.koleo", "optim.lr", "optim.min_lr", "optim.weight_decay", "optim.clip",
-    "train.epoch", "parallel.threads", "eval.max_train", "eval.max_test",
+    "train.epoch", "init.backbone_lr", "parallel.threads", "eval.max_train", "eval.max_test",
 )  # fmt: skip
 _SHARES = (
     "crops.flip", "crops.jitter", "crops.gray", "crops.solarize", "crops.jitter_strength", "masks.probability",
@@ -129,6 +129,9 @@ def _check_together(c: Config) -> None:
             "train.microbatch",
             "loss.koleo",
         )
+    if c.init.backbone is None and Duration.parse(c.init.freeze).value > 0:
+        message = f"init.freeze={c.init.freeze} would keep random weights; give init.backbone too, or init.freeze=0it"
+        raise ConfigError(message, "init.freeze", "init.backbone")
     if c.loss.dino == 0 and c.loss.ibot == 0:
         message = "loss.dino=0 and loss.ibot=0 leave nothing to learn; set one of them above 0"
         raise ConfigError(message, "loss.dino", "loss.ibot")
