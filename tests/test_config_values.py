@@ -110,6 +110,7 @@ ZERO_IS_MEANINGLESS = (
     "loss.sinkhorn_iterations", "optim.layer_decay", "optim.patch_embed_lr", "train.batch", "train.microbatch",
     "train.max_nonfinite", "parallel.replicate", "parallel.timeout", "checkpoint.keep", "eval.resize", "eval.size",
     "eval.batch", "eval.k", "eval.temperature", "crops.global_scale", "crops.local_scale", "masks.ratio",
+    "parallel.blocks_per_unit", "parallel.prefetch",
 )  # fmt: skip
 AT_MOST_ONE = (
     "crops.flip", "crops.jitter", "crops.gray", "crops.solarize", "crops.jitter_strength", "masks.probability",
@@ -120,12 +121,13 @@ RANGES = ("crops.global_scale", "crops.local_scale", "masks.ratio")
 CHOICES = (
     "model.arch", "model.ffn", "crops.blur", "loss.centering", "optim.name", "optim.lr_scaling", "optim.clip_scope",
     "train.precision", "parallel.device", "parallel.attention", "parallel.activation_checkpointing",
+    "parallel.reduce_precision", "parallel.heads_precision",
 )  # fmt: skip
 DURATIONS = (
     "train.duration", "loss.teacher_temperature_warmup", "optim.warmup", "optim.freeze_prototypes",
-    "checkpoint.every", "checkpoint.keep_every", "log.every", "eval.every",
+    "checkpoint.every", "checkpoint.keep_every", "log.every", "eval.every", "init.freeze",
 )  # fmt: skip
-ANY_TEXT = ("output_dir", "data.train", "data.cache", "eval.train", "eval.test")
+ANY_TEXT = ("output_dir", "data.train", "data.cache", "eval.train", "eval.test", "init.backbone")
 
 
 def test_every_text_is_a_choice_or_a_duration_or_free() -> None:

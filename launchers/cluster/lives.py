@@ -60,7 +60,9 @@ def told(text: str, by: int | None, kind: str = "exception", nodes: Sequence[str
     """Return the cause that a rank tells; the one that says so need not be the one that failed."""
     named = re.search(r"\brank\(?s?\)? (\d+)", text)
     what = " ".join(text.split())[:400]
-    return Cause(kind, what, int(named[1]) if named else by, None, tuple(nodes), by)
+    # What a pre-flight finds, every rank says.
+    rank = int(named[1]) if named else None if kind == "preflight" else by
+    return Cause(kind, what, rank, None, tuple(nodes), by)
 
 
 def _without_numbers(text: str) -> str:
