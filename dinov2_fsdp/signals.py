@@ -42,8 +42,10 @@ class StopSignals(AbstractContextManager["StopSignals"]):
             signal.set_wakeup_fd(self._earlier_file)
             for number, handler in self._earlier.items():
                 signal.signal(number, handler)
-            self._writer.close()
+            # Not close alone: data workers were forked with a copy, and the listener would wait for theirs too.
+            self._writer.shutdown(socket.SHUT_RDWR)
             self._listener.join()
+            self._writer.close()
             self._reader.close()
 
     def _listen(self) -> None:

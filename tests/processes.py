@@ -62,9 +62,16 @@ class LaunchedRun:
         except FileNotFoundError:
             return []
 
-    def end(self) -> tuple[int, str, str]:
-        """Wait for the end; return exit code, stdout, stderr."""
+    def end(self, after: str = "") -> tuple[int, str, str]:
+        """Wait for the end; return exit code, stdout, stderr.
+
+        The seconds that it took ``after`` some event are appended to the file that FAULT_TIMES names, if it does.
+        """
+        start = time.monotonic()
         output, errors = self.process.communicate(timeout=PATIENCE)
+        if after and (times := os.environ.get("FAULT_TIMES")):
+            with open(times, "a") as file:
+                file.write(f"{after}\t{time.monotonic() - start:.1f}\t{errors.strip()}\n")
         return self.process.returncode, output, errors
 
 

@@ -76,7 +76,7 @@ def test_a_signal_to_any_rank_saves_the_step_and_asks_to_be_started_again(
     with LaunchedRun(config) as run:
         run.wait_for_step(3)
         kill(run.process.pid if rank is None else run.rank_pids()[rank], number)
-        code, output, errors = run.end()
+        code, output, errors = run.end("a signal")
     assert code == EXIT_INTERRUPTED, errors
     assert errors == ""
     stopped = saved_steps(tmp_path / "run")
@@ -97,7 +97,7 @@ def test_a_killed_rank_is_named_and_nothing_saved_is_lost(tmp_path: Path, undist
         run.wait_for_step(15)
         start = time.monotonic()
         kill(run.rank_pids()[1], signal.SIGKILL)
-        code, _, errors = run.end()
+        code, _, errors = run.end("SIGKILL to a rank")
         seconds = time.monotonic() - start
     assert code == EXIT_FAILED
     assert "rank 1 was ended by SIGKILL" in only_error(errors)
@@ -112,7 +112,7 @@ def test_a_stopped_rank_is_named_within_the_time_limit(tmp_path: Path, rank: int
         run.wait_for_step(3)
         start = time.monotonic()
         kill(run.rank_pids()[rank], signal.SIGSTOP)
-        code, _, errors = run.end()
+        code, _, errors = run.end("SIGSTOP to a rank, parallel.timeout=30")
         seconds = time.monotonic() - start
     assert code == EXIT_FAILED
     message = only_error(errors)
@@ -127,7 +127,7 @@ def test_an_exception_on_one_rank_is_the_message_and_ends_the_other(tmp_path: Pa
     with LaunchedRun(config) as run:
         run.wait_for_step(3)
         resource.prlimit(run.rank_pids()[1], resource.RLIMIT_NOFILE, (3, 3))
-        code, _, errors = run.end()
+        code, _, errors = run.end("no file can be opened any more on a rank")
     assert code == EXIT_FAILED
     assert "rank 1 " in only_error(errors)
 
@@ -140,7 +140,7 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_is_whole(tmp_path: Path) -
     with LaunchedRun(endless(tmp_path / "run", checkpoint__every="5it")) as run:
         run.wait_for_step(7)
         resource.prlimit(run.rank_pids()[1], resource.RLIMIT_FSIZE, (4096, 4096))
-        code, _, errors = run.end()
+        code, _, errors = run.end("disk full on a rank")
     assert code == EXIT_FAILED
     message = only_error(errors)
     assert "rank 1 could not write the checkpoint of step" in message
@@ -165,7 +165,7 @@ def test_data_that_vanishes_is_named(tmp_path: Path, workers: int) -> None:
     with LaunchedRun(endless(tmp_path / "run", data__train=f"folder:{folder}", data__workers=workers)) as run:
         run.wait_for_step(3)
         shutil.rmtree(folder)
-        code, _, errors = run.end()
+        code, _, errors = run.end("the images are deleted")
     assert code == EXIT_FAILED
     message = only_error(errors)
     assert "cannot be read" in message

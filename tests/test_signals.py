@@ -37,6 +37,23 @@ def test_handlers_are_as_before_afterwards() -> None:
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_leaving_does_not_wait_for_processes_that_were_forked_meanwhile() -> None:
+    """Data workers are, and on a failure they outlive the loop."""
+    pid = 0
+    try:
+        with StopSignals():
+            pid = os.fork()
+            if pid == 0:
+                time.sleep(30)
+                os._exit(0)
+            start = time.monotonic()
+        assert time.monotonic() - start < 10
+    finally:
+        if pid:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
 def test_other_signals_ask_for_nothing() -> None:
     before = signal.signal(signal.SIGCHLD, lambda *_: None)
     try:
