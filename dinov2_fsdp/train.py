@@ -25,7 +25,7 @@ from dinov2_fsdp.checkpoint import (
 )
 from dinov2_fsdp.config import Config, microbatches_per_rank, to_yaml
 from dinov2_fsdp.data.loader import build_loader
-from dinov2_fsdp.data.sources import open_source
+from dinov2_fsdp.data.sources import Source, open_source
 from dinov2_fsdp.duration import Duration, due
 from dinov2_fsdp.errors import RunFailed, UserError
 from dinov2_fsdp.models.attention import resolve_backend
@@ -174,6 +174,7 @@ def run(
     if saved := checkpointer.newest():
         state = checkpointer.load(saved, {**updated_tensors(), **other_tensors()})
         start, evaluated, bad_images = saved.step, state["evaluated"], state["bad_images"]
+        _check_data_is_the_same(config, source, state["data"])
     else:
         initialise(student, config.seed, config.model.layer_scale)
         if config.init.backbone:
@@ -189,7 +190,7 @@ def run(
         monitor.load_state_dict(state["monitor"])
         monitor.message(f"resuming {run_dir} from step {start}")
     if world.rank == 0:
-        backend = resolve_backend(config.parallel.attention, world.device)
+        backend = resolve_backend(config.parallel.attention, world.device, config.train.precision)
         write_durably(run_dir / "config.yaml", to_yaml(config).encode())
         write_environment(run_dir, world.size, world.device, {"attention": backend, "life": life_now})
         parameters = sum(p.numel() for p in student.backbone.parameters())
@@ -245,12 +246,14 @@ def run(
             optimizer.found_inf, optimizer.grad_scale = skip, None  # type: ignore[attr-defined]
             optimizer.step()
             optimizer.zero_grad()
+            # An overflow that only lowers fp16's loss scale is part of finding it, and no sign of trouble.
+            trouble = skip * (scaler.scale <= 1)
             scaler.update(skip)
         with monitor.phase("ema"):
             ema.update(values.teacher_momentum, skip)
             method.commit(skip)
         norms_by_name = {f"grad_norm/{part}": norm for part, norm in norms.items()}
-        nonfinite.add(step + 1, skip, {**losses, **norms_by_name}, [batch.samples for batch in batches])
+        nonfinite.add(step + 1, trouble, {**losses, **norms_by_name}, [batch.samples for batch in batches])
         monitor.record(
             step + 1,
             {
@@ -281,7 +284,7 @@ def run(
         if len(bad_images) > config.data.max_bad_images:
             raise RunFailed(
                 f"{len(bad_images)} images of {config.data.train} cannot be read, more than data.max_bad_images="
-                f"{config.data.max_bad_images}; the last one: {name} ({reason})"
+                f"{config.data.max_bad_images} (which may be raised); the last one: {name} ({reason})"
             )
 
     def save(step: int) -> None:
@@ -293,6 +296,7 @@ def run(
                 "bad_images": bad_images,
                 # Randomness is a function of the seed and the place in the run: there is no generator to save.
                 "stream": {"seed": config.seed, "step": step, "images": step * config.train.batch},
+                "data": {"images": len(source), "fingerprint": source.fingerprint},
                 "config": to_yaml(config),
                 "versions": {name: metadata.version(name) for name in ("torch", "torchvision", "numpy", "pillow")},
             }
@@ -369,6 +373,15 @@ def run(
     finally:
         monitor.close()
         checkpointer.close()
+
+
+def _check_data_is_the_same(config: Config, source: Source, earlier: dict[str, Any]) -> None:
+    if earlier["fingerprint"] != source.fingerprint and not config.data.allow_change:
+        raise UserError(
+            f"data.train={config.data.train} lists other images than when this run was saved: {len(source):,} now, "
+            f"{earlier['images']:,} then, or others\nrestore them, or go on with data.allow_change=true: epochs, and "
+            "all schedules that count in them, change with the number of images"
+        )
 
 
 def _who(agreement: Agreement, signals: StopSignals) -> str:

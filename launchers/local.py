@@ -84,6 +84,7 @@ def main() -> int:
         raise UserError(f"--nproc {processes} is impossible; valid: 1 or more")
     kind = check_devices(config.parallel.device, place.local_world_size if started else processes, gpus)
     microbatches_per_rank(config, processes)
+    _check_parallel(config, processes, kind)
     with contextlib.ExitStack() as held:
         # Where there are other ranks already, they wait for this one when they meet.
         if place.rank == 0:
@@ -114,6 +115,7 @@ def _print_keys() -> int:
 def _check_data(config: Config) -> int:
     from dinov2_fsdp.data.sources import open_source
     from dinov2_fsdp.duration import Duration
+    from dinov2_fsdp.timetable import lengths, schedules
 
     images = len(open_source(config.data.train, config.data.cache))
     if config.train.batch > images:
@@ -123,6 +125,8 @@ def _check_data(config: Config) -> int:
             f"train.batch={config.train.batch} is larger than the data set: {config.data.train} holds {images} "
             f"images; use {way_out}"
         )
+    length = lengths(config, images)
+    schedules(config, length)
     if config.eval.test and Duration.parse(config.eval.every).value > 0:
         for spec in (config.eval.test, config.eval.train or config.data.train):
             if open_source(spec, config.data.cache).labels is None:
@@ -158,6 +162,15 @@ def _check_run_directory(config: Config, overwrite: bool) -> None:
         raise UserError(f"output_dir={directory} cannot be written: {error.strerror}") from None
 
 
+def _check_parallel(config: Config, processes: int, kind: str) -> None:
+    replicate, attention = config.parallel.replicate, config.parallel.attention
+    if processes % replicate:
+        valid = [n for n in range(1, processes + 1) if processes % n == 0]
+        raise UserError(f"parallel.replicate={replicate} does not divide {processes} processes; valid: {valid}")
+    if kind != "cuda" and attention in ("xformers", "varlen"):
+        raise UserError(f"parallel.attention={attention} runs on CUDA only; use auto, math or sdpa on {kind}")
+
+
 def _lock(directory: Path) -> TextIO:
     """Return an open file that keeps other launchers out of the directory until this process ends.
 
@@ -183,8 +196,12 @@ def _differences(old: Config, new: Config) -> list[str]:
     """Return the keys in which two configs describe different runs; where and how fast it runs may change."""
     from dinov2_fsdp.config import describe_keys
 
-    free = ("output_dir", "parallel.", "data.workers", "data.prefetch", "data.cache", "log.", "checkpoint.", "eval.")
-    keys = [key for key, *_ in describe_keys() if not key.startswith(free)]
+    free = (
+        "output_dir", "parallel.", "data.workers", "data.prefetch", "data.cache", "data.max_bad_images",
+        "data.allow_change", "train.max_nonfinite", "log.", "checkpoint.", "eval.",
+    )  # fmt: skip
+    numerical = ("parallel.reduce_precision", "parallel.heads_precision")
+    keys = [key for key, *_ in describe_keys() if key in numerical or not key.startswith(free)]
 
     def value(config: Any, key: str) -> Any:
         for part in key.split("."):

@@ -73,6 +73,23 @@ def test_a_finished_run_started_again_does_nothing(run: Path, tmp_path: Path) ->
     assert metrics(tmp_path / "again") == metrics(run)
 
 
+def test_a_data_set_that_has_changed_is_noticed_on_resume(run: Path, tmp_path: Path) -> None:
+    interrupted(run, tmp_path / "resumed")
+    changed = {"data__train": "scenes:n=25,size=32", "data__allow_change": False}
+    with pytest.raises(UserError, match=r"other images than when this run was saved: 25 now, 24 then"):
+        train_alone(six_steps(tmp_path / "resumed", **changed))
+    train_alone(six_steps(tmp_path / "resumed", **{**changed, "data__allow_change": True}))
+    assert saved_steps(tmp_path / "resumed") == [MIDDLE, STEPS]
+
+
+def test_fp16_finds_its_loss_scale_without_counting_that_as_trouble(tmp_path: Path) -> None:
+    """KoLeo's gradient overflows at the first scales, more often than the steps in a row that are borne."""
+    train_alone(six_steps(tmp_path / "run", train__precision="fp16", model__layer_scale=1e-5, train__max_nonfinite=1))
+    saved = saved_tensors(tmp_path / "run")
+    assert saved["scaler.scale"].item() < 2.0**15
+    assert saved["skipped_in_a_row"].item() == 0
+
+
 @pytest.mark.distributed
 def test_a_checkpoint_of_two_ranks_resumes_on_one(run: Path, tmp_path: Path) -> None:
     """One rank with two microbatches learns what two ranks with one do, so the end must be the same, bit for bit."""

@@ -291,3 +291,8 @@ def test_a_wrong_config_fails_at_once_without_a_traceback(override: str) -> None
     assert "Traceback" not in result.stderr
     assert len(result.stderr.splitlines()) <= 5
     assert seconds < SLOW_MACHINE
+
+
+@pytest.mark.parametrize("value", ["scenes:", "a: b"])
+def test_text_on_the_command_line_stays_as_it_was_typed(value: str) -> None:
+    assert load(None, [f"output_dir={value}"]).output_dir == value

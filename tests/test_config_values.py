@@ -186,7 +186,7 @@ def test_a_broken_duration_is_refused_by_its_key(key: str) -> None:
         (["eval.size=280"], "eval.resize=256 is impossible; valid: at least eval.size (280)"),
         (["parallel.timeout=1e10"], "parallel.timeout=10000000000.0 is impossible; valid: at most 1e+08"),
         (["train.duration=0it"], "train.duration=0it is impossible"),
-        (["loss.teacher_temperature_start=0.2"], "loss.teacher_temperature_start=0.2 is above"),
+        (["loss.teacher_temperature_start=0.1"], "loss.teacher_temperature_start=0.1 is not below"),
     ],
 )
 def test_a_value_is_refused_with_what_would_be_possible(overrides: list[str], expected: str) -> None:

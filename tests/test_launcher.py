@@ -124,6 +124,20 @@ def test_microbatches_that_the_processes_cannot_share_are_refused(tmp_path: Path
     assert "valid numbers of processes: 1, 2" in refusal(*command(tmp_path / "run"), "--nproc", "3")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"optim__warmup": "200it"}, "warm"),
+        ({"parallel__attention": "xformers"}, "parallel.attention=xformers runs on CUDA only"),
+        ({"parallel__replicate": 2}, "parallel.replicate=2 does not divide 1 processes"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_a_dry_run_refuses_what_the_run_would(tmp_path: Path, overrides: dict[str, Any], complaint: str) -> None:
+    assert complaint in refusal(*command(tmp_path / "run", "--dry-run", **overrides))
+    assert not (tmp_path / "run").exists()
+
+
 def test_no_process_is_refused(tmp_path: Path) -> None:
     assert "--nproc 0 is impossible" in refusal(*command(tmp_path / "run"), "--nproc", "0")
 

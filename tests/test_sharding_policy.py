@@ -35,7 +35,6 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"parallel__blocks_per_unit": 2},
         {"parallel__blocks_per_unit": 3},
         {"parallel__prefetch": 3},
-        {"parallel__heads_precision": "fp32"},
         {"parallel__activation_checkpointing": "full"},
         {"parallel__activation_checkpointing": "selective", "parallel__blocks_per_unit": 2},
     ],

@@ -29,6 +29,8 @@ class DataConfig:
     """Microbatches that each loader process prepares ahead."""
     cache: str | None = None
     """Folder for listings; by default the user's cache folder."""
+    allow_change: bool = False
+    """Resume though data.train lists other images than when the run was saved."""
     max_bad_images: int = 100
     """Unreadable images that a run replaces and names before it stops."""
 

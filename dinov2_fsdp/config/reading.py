@@ -84,6 +84,9 @@ def _parse_override(text: str) -> dict[str, Any]:
         nested = parse(value)
     except ValueError as error:
         raise UserError(f"override {quoted(text)} cannot be read as YAML: {error}") from None
+    typed = not value.lstrip().startswith("{")
+    if isinstance(nested, dict) and typed and key in defaults() and description(key)[0].startswith("str"):
+        nested = value  # `scenes:` and `a: b` are mappings to YAML, and names to whoever types them
     # A key has two parts; whatever follows them stays together and is unknown.
     for part in reversed(key.split(".", 1)):
         nested = {part: nested}

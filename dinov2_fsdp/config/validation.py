@@ -119,6 +119,7 @@ def _check_together(c: Config) -> None:
     valid = f"at least eval.size ({c.eval.size})"
     _require(c, "eval.resize", c.eval.resize >= c.eval.size, valid, "eval.size")
     dim, _, heads = width_depth_heads(c.model)
+    _require(c, "model.mlp_ratio", int(dim * c.model.mlp_ratio) >= 8, f"at least {8 / dim:.3g}, a width of 8")
     if dim % heads:
         message = f"model.heads={heads} is impossible; valid: a divisor of model.dim ({dim})"
         raise ConfigError(message, "model.heads", "model.dim")
@@ -139,9 +140,9 @@ def _check_together(c: Config) -> None:
     if Duration.parse(c.loss.teacher_temperature_warmup).value > 0:
         temperatures.append("loss.teacher_temperature_start")
     for key in temperatures:
-        if c.loss.dino > 0 and _get(c, key) > c.loss.student_temperature:
+        if c.loss.dino > 0 and _get(c, key) >= c.loss.student_temperature:
             raise ConfigError(
-                f"{key}={_get(c, key)} is above loss.student_temperature={c.loss.student_temperature}: "
+                f"{key}={_get(c, key)} is not below loss.student_temperature={c.loss.student_temperature}: "
                 "the teacher must be sharper than the student",
                 key,
                 "loss.student_temperature",

@@ -19,8 +19,10 @@ MATH_LONGEST = 512
 """Sequences up to this length are cheaper as plain matrix products on a CPU; longer ones would need much memory."""
 
 
-def resolve_backend(name: str, device: torch.device) -> str:
+def resolve_backend(name: str, device: torch.device, precision: str = "bf16") -> str:
     """Return the backend that ``name`` (one of :data:`BACKENDS` or ``auto``) means on ``device``.
+
+    ``precision`` is that of the backbone: torch's variable-length attention knows no fp32.
 
     Raises:
         UserError: the backend needs CUDA, or is not installed.
@@ -32,11 +34,13 @@ def resolve_backend(name: str, device: torch.device) -> str:
     if name == "auto":
         if importlib.util.find_spec("xformers") is not None:
             return "xformers"
-        return "varlen" if _has_varlen() else "sdpa"
+        return "varlen" if _has_varlen() and precision != "fp32" else "sdpa"
     if name == "xformers" and importlib.util.find_spec("xformers") is None:
         raise UserError("parallel.attention=xformers: xformers is not installed; pip install xformers, or use auto")
     if name == "varlen" and not _has_varlen():
         raise UserError(f"parallel.attention=varlen: torch {torch.__version__} has no varlen_attn; use auto or sdpa")
+    if name == "varlen" and precision == "fp32":
+        raise UserError("parallel.attention=varlen cannot compute in fp32; use train.precision=bf16, or sdpa")
     return name
 
 

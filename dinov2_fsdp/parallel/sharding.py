@@ -98,7 +98,9 @@ def build_networks(config: Config, world: World) -> tuple[Network, Network]:
     for trained in (True, False):
         with torch.device("meta"):
             network = Network(config)
-        network.backbone.set_attention_backend(resolve_backend(config.parallel.attention, world.device))
+        network.backbone.set_attention_backend(
+            resolve_backend(config.parallel.attention, world.device, config.train.precision)
+        )
         if not trained:
             network.requires_grad_(False)
         parallelise(network, config.parallel, mesh, config.train.precision, trained)
