@@ -13,6 +13,8 @@ EXIT_USER_ERROR = 2
 """A mistake of the user; the one message says how to mend it."""
 EXIT_INTERRUPTED = 75
 """A signal asked the run to stop, and it has saved: the same command continues it (EX_TEMPFAIL of sysexits.h)."""
+FILE_ONLY = {"file_only": True}
+"""``extra`` of a log record that the terminal need not show: it gets one line that says the same."""
 
 
 class UserError(Exception):

@@ -27,7 +27,7 @@ from dinov2_fsdp.config import Config, microbatches_per_rank, to_yaml
 from dinov2_fsdp.data.loader import build_loader
 from dinov2_fsdp.data.sources import Source, open_source
 from dinov2_fsdp.duration import Duration, due
-from dinov2_fsdp.errors import RunFailed, UserError
+from dinov2_fsdp.errors import FILE_ONLY, RunFailed, UserError
 from dinov2_fsdp.models.attention import resolve_backend
 from dinov2_fsdp.models.initialise import initialise
 from dinov2_fsdp.monitor.environment import write_environment
@@ -90,7 +90,7 @@ def train(config: Config, evaluations: Mapping[str, Evaluation] | None = None, c
                     error.silent = not pulse.claim(str(error))
                     raise
                 except Exception as error:
-                    logger.info("this rank has failed", exc_info=True)  # for the log file; the terminal gets one line
+                    logger.error("this rank has failed", exc_info=True, extra=FILE_ONLY)
                     raise _explained(error, world, pulse) from error
         finally:
             end_world()

@@ -15,6 +15,8 @@ class _Stderr(logging.Handler):
     """Writes to whatever stderr is at the time, so that a live bar on the terminal stays whole."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "file_only", False):
+            return
         try:
             print(self.format(record), file=sys.stderr, flush=True)
         except Exception:

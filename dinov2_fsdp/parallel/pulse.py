@@ -17,7 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dinov2_fsdp.errors import EXIT_FAILED
+from dinov2_fsdp.errors import EXIT_FAILED, FILE_ONLY
 from dinov2_fsdp.parallel.world import World
 
 logger = logging.getLogger(__name__)
@@ -174,13 +174,14 @@ class Pulse(AbstractContextManager["Pulse"]):
         """End this process, because another one has said why the run is over, unless it is ending by itself."""
         if not self._over.wait(GRACE):
             cause = self._ask(lambda store: store.get("cause")) or b"?\nanother rank failed"
-            logger.info("this rank ends because of another: %s", cause.decode().partition("\n")[2])
+            text = cause.decode().partition("\n")[2]
+            logger.error("this rank ends because of another: %s", text, extra=FILE_ONLY)
             self.end(EXIT_FAILED)
 
     def _end(self, text: str, mine: bool | None = None) -> None:
         if self.claim(text) if mine is None else mine:
             print(f"error: {text}", file=sys.stderr, flush=True)
-        logger.info("%s", text)
+        logger.error("%s", text, extra=FILE_ONLY)
         self.end(EXIT_FAILED)
 
     def _hang(self, beats: dict[int, tuple[int, float]]) -> None:
