@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import fcntl
 import logging
 import os
@@ -71,10 +72,9 @@ def main() -> int:
         return _print_keys()
     from dinov2_fsdp.config import load, microbatches_per_rank
 
-    overrides = list(arguments.overrides)
+    config = load(arguments.config, arguments.overrides)
     if arguments.output_dir:
-        overrides.append(f"output_dir={arguments.output_dir}")
-    config = load(arguments.config, overrides)
+        config = dataclasses.replace(config, output_dir=str(Path(arguments.output_dir).expanduser()))
     gpus, started, place = visible_gpus(), started_by_launcher(), place_from_environment()
     if started and arguments.overwrite:
         raise UserError(f"--overwrite: torchrun may start a run twice; delete {config.output_dir} yourself")
@@ -88,13 +88,13 @@ def main() -> int:
     with contextlib.ExitStack() as held:
         # Where there are other ranks already, they wait for this one when they meet.
         if place.rank == 0:
-            images = _check_data(config)
+            images = check_data(config)
             if arguments.dry_run:
                 from dinov2_fsdp.planner import plan
 
                 print(plan(config, processes, kind, images))
             elif place.launcher is None:
-                _check_run_directory(config, arguments.overwrite)
+                check_run_directory(config, arguments.overwrite)
                 if place.life is None:
                     held.enter_context(_lock(Path(config.output_dir)))
         if arguments.dry_run:
@@ -112,7 +112,7 @@ def _print_keys() -> int:
     return 0
 
 
-def _check_data(config: Config) -> int:
+def check_data(config: Config) -> int:
     from dinov2_fsdp.data.sources import open_source
     from dinov2_fsdp.duration import Duration
     from dinov2_fsdp.timetable import lengths, schedules
@@ -134,7 +134,7 @@ def _check_data(config: Config) -> int:
     return images
 
 
-def _check_run_directory(config: Config, overwrite: bool) -> None:
+def check_run_directory(config: Config, overwrite: bool) -> None:
     """Refuse a directory with something else in it; a directory with this very run is one to resume."""
     from dinov2_fsdp.config import load
 

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
     "data.train=scenes:n=64", "data.workers=0", "model.dim=24", "model.depth=1", "model.heads=3", "train.batch=8",
     "train.microbatch=8", "train.duration=3it", "optim.warmup=1it", "checkpoint.every=0it", "eval.every=0it",
-    "log.every=1it", "eval.max_train=60", "eval.max_test=30", "eval.k=[1,20]", "parallel.device=cpu", "parallel.threads=1",
+    "log.every=1it", "eval.max_train=60", "eval.max_test=30", "eval.k=[1,20]", "parallel.device=cpu",
+    "parallel.threads=1",
 )  # fmt: skip
 
 

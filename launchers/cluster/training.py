@@ -181,7 +181,7 @@ def _check_run(run: Run, arguments: argparse.Namespace) -> list[str]:
             "where only the nodes see it, add --remote-data"
         )
     notes += checks.check_shared(run.directory)
-    local._check_run_directory(run.config, arguments.overwrite)
+    local.check_run_directory(run.config, arguments.overwrite)
     return notes
 
 
