@@ -349,7 +349,6 @@ def run(
             if (report := checkpointer.report()) is not None:
                 monitor.event(report.step, report.metrics(), quiet=True)
             if due(done, length.log, length.total):
-                # The sum over ranks: a flush takes the mean.
                 monitor.record(done, {"param_norm": _norm(ema.student), "bad_images": len(bad_images)})
                 monitor.flush(done)
                 if world.rank == 0:

@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from dinov2_fsdp.data.batch import IMAGE_MEAN, IMAGE_STD
 from dinov2_fsdp.data.stream import Stream
 from dinov2_fsdp.parallel.world import World
 from dinov2_fsdp.rng import generator
-from eval.features import IMAGENET_MEAN, IMAGENET_STD, Features, gather_rows, prepare, progress_bar
+from eval.features import Features, gather_rows, prepare, progress_bar
 from eval.pairs import Pairs
 
 Grid = Callable[[Tensor], Tensor]
@@ -54,7 +55,7 @@ def on_pixels(images: Tensor, patch: int, head: Callable[[Tensor], Tensor], grid
 def to_input(image: Image.Image | NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return an RGB image as (3, H, W), ImageNet's mean and deviation taken out."""
     pixels = np.asarray(image, np.float32) / 255
-    normal = (pixels - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
+    normal = (pixels - np.array(IMAGE_MEAN, np.float32)) / np.array(IMAGE_STD, np.float32)
     return np.ascontiguousarray(normal.transpose(2, 0, 1))
 
 

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from dinov2_fsdp.data.batch import IMAGE_MEAN, IMAGE_STD
 from dinov2_fsdp.data.sources import BadImage, Source
 from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.parallel.place import check_devices
@@ -35,8 +36,6 @@ BLOCKS = "x_norm_blocks"
 """Where :func:`frozen` puts the normalised tokens (B, tokens, D) of each block that it was asked for."""
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _PADDING = -1
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -162,8 +161,8 @@ def prepare(image: Image.Image, resize: int, size: int) -> NDArray[np.uint8]:
 
 def normalise(images: Tensor) -> Tensor:
     """Return uint8 images (B, H, W, 3) as float images (B, 3, H, W) with ImageNet's mean and deviation taken out."""
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
+    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGE_STD, device=images.device).view(1, 3, 1, 1)
     return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dinov2_fsdp.data.batch import IMAGE_MEAN, IMAGE_STD
 from dinov2_fsdp.data.sources import BadImage
-from eval.features import IMAGENET_MEAN, IMAGENET_STD
 
 CPU = torch.device("cpu")
 
@@ -50,8 +50,8 @@ class TableSource:
 
 def indices_of(images: Tensor) -> Tensor:
     """Return which images normalised plain colours stand for; black is 0."""
-    red = (images[:, 0, 0, 0] * IMAGENET_STD[0] + IMAGENET_MEAN[0]) * 255
-    green = (images[:, 1, 0, 0] * IMAGENET_STD[1] + IMAGENET_MEAN[1]) * 255
+    red = (images[:, 0, 0, 0] * IMAGE_STD[0] + IMAGE_MEAN[0]) * 255
+    green = (images[:, 1, 0, 0] * IMAGE_STD[1] + IMAGE_MEAN[1]) * 255
     return red.round().long() + 256 * green.round().long()
 
 

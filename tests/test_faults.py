@@ -122,7 +122,7 @@ def test_a_stopped_rank_is_named_within_the_time_limit(tmp_path: Path, rank: int
 
 
 def test_an_exception_on_one_rank_is_the_message_and_ends_the_other(tmp_path: Path) -> None:
-    """Rank 1 cannot write its log any more: any exception of one rank alone will do."""
+    """Rank 1 can open no file any more: any exception of one rank alone will do."""
     config = endless(tmp_path / "run", data__train=f"folder:{images(tmp_path / 'images', 64)}")
     with LaunchedRun(config) as run:
         run.wait_for_step(3)

@@ -13,10 +13,11 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 
 from dinov2_fsdp.config import Config, from_dict
+from dinov2_fsdp.data.batch import IMAGE_MEAN, IMAGE_STD
 from dinov2_fsdp.data.sources import BadImage, open_source
 from dinov2_fsdp.errors import UserError
 from eval import knn
-from eval.features import IMAGENET_MEAN, IMAGENET_STD, Extracted, class_token, extract, pixel_features, prepare, subset
+from eval.features import Extracted, class_token, extract, pixel_features, prepare, subset
 from eval.neighbours import knn_accuracy
 
 CPU = torch.device("cpu")
@@ -284,9 +285,7 @@ def test_pixels_need_no_weights_and_results_say_what_was_measured(tmp_path: Path
     results = json.loads(file.read_text())
     train, test = (open_source(spec) for spec in _SCENES)
     flat = [torch.stack([torch.from_numpy(np.array(s.image(i))) for i in range(len(s))]).float() for s in (train, test)]
-    bank, queries = (
-        ((rows / 255 - torch.tensor(IMAGENET_MEAN)) / torch.tensor(IMAGENET_STD)).flatten(1) for rows in flat
-    )
+    bank, queries = (((rows / 255 - torch.tensor(IMAGE_MEAN)) / torch.tensor(IMAGE_STD)).flatten(1) for rows in flat)
     for k in (1, 5):
         expected = reference(bank, train.labels, queries, torch.tensor(test.labels), k, 0.07)
         assert results["metrics"][f"knn_{k}"] == pytest.approx(expected)

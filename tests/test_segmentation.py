@@ -13,11 +13,11 @@ from PIL import Image
 from ranks import run_on_ranks
 from torch import nn
 
+from dinov2_fsdp.data.batch import IMAGE_MEAN, IMAGE_STD
 from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.parallel.world import World
 from eval import segmentation
 from eval.dense import InputNorm, LinearHead, Samples, keep_grids, on_pixels, short_side_size, warm, windows
-from eval.features import IMAGENET_MEAN, IMAGENET_STD
 from eval.pairs import Pairs
 from eval.segmentation import Segmenter, Settings, check, labels_of, segment
 from eval.segmentation_crops import VOID, distort, training_sample
@@ -362,7 +362,7 @@ def test_kept_features_and_classes_lie_on_each_other() -> None:
     assert targets.shape == (5, 24, 24)
     # Squares of 8 pixels cover whole patches here, so a patch's strongest colour is the class of its pixels.
     classes = targets.reshape(5, 6, 4, 6, 4)[:, :, 1, :, 1]
-    mean, deviation = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, deviation = (torch.tensor(values)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
     normal = grids * deviation + mean
     known = classes != VOID
     assert float((normal.argmax(dim=1) == classes)[known].float().mean()) > 0.95

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from dinov2_fsdp.parallel.place import available_cores
+
 _PACKAGES = ("dinov2_fsdp", "torchvision", "numpy", "pillow", "omegaconf", "xformers", "fvcore", "submitit")
 
 
@@ -47,11 +49,6 @@ def write_environment(
     draft.write_text(json.dumps(environment, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     os.replace(draft, path)
     return environment
-
-
-def available_cores() -> int:
-    """Return the CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_gib(device: torch.device) -> float:
