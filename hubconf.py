@@ -25,6 +25,9 @@ from dinov2_fsdp.weights import reading as _reading
 dependencies = ["torch", "numpy", "omegaconf", "safetensors", "fvcore"]
 
 
+_OPTIONS = ("image_size", "seed")
+
+
 class _Entry(_Protocol):
     def __call__(self, weights: str | _Path | None = None, **options: int) -> _VisionTransformer: ...
 
@@ -36,6 +39,8 @@ def backbone(weights: str | _Path) -> _VisionTransformer:
 
 def _published(name: str, registers: int) -> _Entry:
     def entry(weights: str | _Path | None = None, **options: int) -> _VisionTransformer:
+        if unknown := options.keys() - _OPTIONS:
+            raise _UserError(f"{', '.join(sorted(unknown))}: unknown here; valid: weights, {', '.join(_OPTIONS)}")
         if weights is None:
             return _create(name, registers, **options).eval()
         if options:

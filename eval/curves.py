@@ -172,7 +172,8 @@ def _knn(axes: Axes, metrics: dict[str, Series], references: dict[str, float]) -
         axes.plot(steps, values, color=COLOURS[number % len(COLOURS)], lw=1.9, marker="o", ms=4, label=label)
     for (name, value), dash in zip(references.items(), ((4, 2), (1.5, 1.5), (6, 2, 1, 2)), strict=False):
         axes.axhline(value, color="#52606d", lw=1.2, dashes=dash, label=f"{name} ({value:.1f})")
-    axes.legend(loc="best")
+    # Beside the curves' ends, which are what is looked at, there is no free corner that all runs share.
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)
 
 
 def _say_absent(axes: Axes) -> None:

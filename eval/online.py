@@ -1,20 +1,50 @@
-"""The evaluations that a pretraining run may call at an interval, by the names in ``eval.tasks``."""
+"""The evaluations that a pretraining run may call at an interval, by the names in ``eval.tasks``.
+
+Importing this module imports neither torch nor the evaluations: launchers check a config with it.
+"""
 
 from __future__ import annotations
 
-from dinov2_fsdp.train import Evaluation
-from eval.depth import online_depth
-from eval.knn import online_knn
-from eval.linear import online_linear
-from eval.logistic import online_logistic
-from eval.retrieval import online_retrieval
-from eval.segmentation import online_segmentation
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-ONLINE: dict[str, Evaluation] = {
-    "knn": online_knn,
-    "linear": online_linear,
-    "logistic": online_logistic,
-    "segmentation": online_segmentation,
-    "depth": online_depth,
-    "retrieval": online_retrieval,
-}
+from dinov2_fsdp.config import Config
+from dinov2_fsdp.data.sources import open_source
+from dinov2_fsdp.duration import Duration
+from dinov2_fsdp.errors import UserError, nearest
+from eval.classes import check_sources
+
+if TYPE_CHECKING:
+    from dinov2_fsdp.train import Evaluation
+
+DENSE = ("segmentation", "depth")
+"""Tasks whose images come with a value per pixel."""
+TASKS = ("knn", "linear", "logistic", "retrieval", *DENSE)
+
+
+def online_evaluations() -> dict[str, Evaluation]:
+    """Return every task's evaluation, by its name."""
+    return {task: getattr(import_module(f"eval.{task}"), f"online_{task}") for task in TASKS}
+
+
+def check_evaluations(config: Config) -> None:
+    """Refuse evaluations that would end a run when their time comes; where ``eval.every`` is 0, nothing is checked.
+
+    Raises:
+        UserError: a task is unknown, or its images are missing, have no labels, or differ in their classes.
+    """
+    if Duration.parse(config.eval.every).value == 0:
+        return
+    for task in config.eval.tasks:
+        if task not in TASKS:
+            raise UserError(f"eval.tasks: no evaluation is called '{task}'{nearest(task, TASKS)}")
+    train, test, cache = config.eval.train or config.data.train, config.eval.test, config.data.cache
+    assert test is not None  # the config's own rules see to it
+    for task in config.eval.tasks:
+        if task in DENSE:
+            from eval.pairs import open_pairs
+
+            for spec in (train, test):
+                open_pairs(spec, task, cache)
+        else:
+            check_sources(open_source(train, cache), open_source(test, cache))

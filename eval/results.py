@@ -128,10 +128,16 @@ def record(
     if run is not None:
         line = {key: results[key] for key in ("step", "task", "backbone")}
         line |= {"metric": metric, "value": round(value, 4 if abs(value) < 10 else 3)}
-        line |= {name: results["data"][name] for name in ("train", "test")}
+        line |= {name: _limited(results, name) for name in ("train", "test")}
         add_to_leaderboard(run, {**line, "results": os.path.relpath(file, run)})
     print(f"written to {file}")
     return file
+
+
+def _limited(results: dict[str, Any], name: str) -> str:
+    """Return the spec of the data, and how many of its images were allowed: part of a set is another set."""
+    limit = results.get("settings", {}).get(f"max_{name}", 0)
+    return f"{results['data'][name]}{f' ({limit} images)' if limit else ''}"
 
 
 def _now() -> str:

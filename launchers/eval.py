@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dinov2_fsdp.errors import EXIT_FAILED, UserError, nearest, run_cli
-from launchers.cluster.options import add_job_arguments
+from launchers.cluster.options import Parser, add_job_arguments, given_options
 
 if TYPE_CHECKING:
     from launchers.cluster.evaluations import Work
@@ -89,13 +90,22 @@ def commands(run: Path, tasks: list[str], step: int | None, overrides: list[str]
     Raises:
         UserError: a task is unknown, ``run`` is no run, or an override is wrong or does not concern evaluations.
     """
-    for name in tasks:
-        if name not in TASKS:
-            raise UserError(f"task '{name}' is unknown{nearest(name, TASKS)}\nvalid: {', '.join(TASKS)}")
+    check_tasks(tasks)
     if not (run / "config.yaml").is_file():
         raise UserError(f"--run {run} is no run directory (it holds no config.yaml); give one like runs/demo")
     values = _checked(run, overrides)
     return [[sys.executable, *TASKS[name].command(run.resolve(), step, values)] for name in dict.fromkeys(tasks)]
+
+
+def check_tasks(tasks: list[str]) -> None:
+    """Refuse a task that does not exist.
+
+    Raises:
+        UserError: naming it.
+    """
+    for name in tasks:
+        if name not in TASKS:
+            raise UserError(f"task '{name}' is unknown{nearest(name, TASKS)}\nvalid: {', '.join(TASKS)}")
 
 
 def _checked(run: Path, overrides: list[str]) -> dict[str, Any]:
@@ -131,7 +141,7 @@ def _flags(flags: dict[str, str], overrides: dict[str, Any]) -> list[str]:
 
 def _parser() -> argparse.ArgumentParser:
     listing = "\n".join(f"  {name:<16} {task.summary}" for name, task in TASKS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launchers/eval.py",
         description="Evaluate a run: as SLURM jobs where there is a cluster, else on this machine.",
         epilog=f"tasks:\n{listing}\n\nresults go to RUN/eval/step_…/TASK/results.json and RUN/leaderboard.csv",
@@ -200,19 +210,32 @@ def evaluate_in_jobs(
     return evaluations.submit(run.resolve(), work, options)
 
 
-def watch(run: Path, evaluate: Callable[[list[int]], object], seconds: float) -> None:
-    """Call ``evaluate`` with the steps of each new checkpoint until the run has saved its last one."""
+def watch(run: Path, evaluate: Callable[[list[int]], bool], seconds: float) -> None:
+    """Call ``evaluate`` with the steps of each new checkpoint until the run has saved its last one.
+
+    Where it returns False, the same steps are tried again at the next look.
+    """
     from launchers.cluster.evaluations import is_over, new_steps
 
     seen: set[int] = set()
     while True:
         over = is_over(run)  # before the look at the checkpoints: the last one is not to be missed
         steps = new_steps(run, seen)
-        if steps:
-            evaluate(steps)
+        done = not steps or evaluate(steps)
+        if done:
             seen.update(steps)
-        if over:
+        if over and done:
             return
+        time.sleep(seconds)
+
+
+def await_start(run: Path, seconds: float) -> None:
+    """Wait for a run of which there is only a submitted job so far."""
+    said = False
+    while not (run / "config.yaml").is_file() and (run / "slurm" / "jobs").is_dir():
+        if not said:
+            print(f"{run} has not started yet: waiting for its job", flush=True)
+        said = True
         time.sleep(seconds)
 
 
@@ -231,40 +254,60 @@ def main() -> int:
     words = [*arguments.tasks, *arguments.overrides]
     tasks, overrides = [word for word in words if "=" not in word], [word for word in words if "=" in word]
     run = arguments.run
-    commands(run, tasks, None, overrides)  # what is wrong is said before anything else
-    steps = _steps(run, arguments.step)
     if arguments.watch and arguments.step:
         raise UserError("--watch evaluates each new checkpoint; leave out --step")
-    if arguments.dry_run:
-        for command in [command for step in steps for command in commands(run, tasks, step, overrides)]:
-            print(f"+ {shlex.join(command)}")
-        return 0
-    if _stays_here(arguments):
-        return _here(arguments.watch, run, tasks, overrides, steps)
-    return _as_jobs(arguments, run, tasks, overrides, steps)
+    check_tasks(tasks)
+    try:
+        if arguments.watch and not arguments.dry_run:
+            from launchers.cluster.evaluations import SECONDS
+
+            await_start(run, SECONDS)
+        commands(run, tasks, None, overrides)  # what is wrong is said before anything else
+        steps = _steps(run, arguments.step)
+        if arguments.dry_run:
+            for command in [command for step in steps for command in commands(run, tasks, step, overrides)]:
+                print(f"+ {shlex.join(command)}")
+            return 0
+        if _stays_here(arguments):
+            return _here(arguments.watch, run, tasks, overrides, steps)
+        return _as_jobs(arguments, run, tasks, overrides, steps)
+    except KeyboardInterrupt:
+        print("\ninterrupted; jobs that were submitted go on", flush=True)
+        return 0 if arguments.watch or arguments.follow else 128 + signal.SIGINT
 
 
 def _stays_here(arguments: argparse.Namespace) -> bool:
     if arguments.local:
         return True
-    from launchers.cluster.controller import reachable
+    from launchers.cluster.controller import there_is_a_cluster
 
-    if reachable():
-        return False
-    if arguments.follow or arguments.partition:
-        raise UserError("no SLURM answers here, so there are no jobs to submit; leave out the options of jobs")
+    try:
+        if there_is_a_cluster():
+            return False
+    except UserError as error:
+        # Evaluations would take a login node that people share.
+        raise UserError(f"{error}\nor evaluate on this machine with --local") from None
+    options = [f"--{name.replace('_', '-')}" for name in given_options(arguments)]
+    if arguments.follow or options:
+        raise UserError(
+            f"there is no SLURM here, so {' '.join(['--follow'] * arguments.follow + options)} means nothing; "
+            "leave it out, or say --local"
+        )
     return True
 
 
 def _here(watching: bool, run: Path, tasks: list[str], overrides: list[str], steps: list[int | None]) -> int:
     if not watching:
         return evaluate_here([command for step in steps for command in commands(run, tasks, step, overrides)])
+    from launchers.cluster.evaluations import SECONDS
+
     codes: list[int] = []
 
-    def evaluate(found: list[int]) -> None:
+    def evaluate(found: list[int]) -> bool:
         codes.extend(evaluate_here(commands(run, tasks, step, overrides)) for step in found)
+        return True
 
-    _watch_until_interrupted(run, evaluate)
+    watch(run, evaluate, SECONDS)
     return next((code for code in codes if code), 0)
 
 
@@ -274,14 +317,22 @@ def _as_jobs(
     from launchers.cluster import evaluations, progress
     from launchers.cluster.options import job_options
 
-    options = job_options(arguments)
+    options = job_options(arguments, not_of_site=evaluations.OF_TRAINING)
     jobs: dict[str, Work] = {}
 
-    def evaluate(found: list[int]) -> None:
-        jobs.update(evaluate_in_jobs(run, tasks, found, overrides, options))
+    def evaluate(found: list[int]) -> bool:
+        try:
+            jobs.update(evaluate_in_jobs(run, tasks, found, overrides, options))
+        except UserError as error:
+            if not jobs:
+                raise
+            # It worked before: a controller that is away for a moment must not end hours of watching.
+            print(f"{error}; trying again", flush=True)
+            return False
+        return True
 
     if arguments.watch:
-        _watch_until_interrupted(run, evaluate)
+        watch(run, evaluate, evaluations.SECONDS)
     else:
         newest = progress.saved_steps(run)[-1:]
         if not newest:
@@ -294,15 +345,6 @@ def _as_jobs(
     for job in failed:
         print(f"{jobs[job]} failed: see job {job} in {run / 'slurm'}", file=sys.stderr)
     return EXIT_FAILED if failed else 0
-
-
-def _watch_until_interrupted(run: Path, evaluate: Callable[[list[int]], object]) -> None:
-    from launchers.cluster.evaluations import SECONDS
-
-    try:
-        watch(run, evaluate, SECONDS)
-    except KeyboardInterrupt:
-        print("\nno longer watching; jobs that were submitted go on", flush=True)
 
 
 if __name__ == "__main__":

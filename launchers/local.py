@@ -114,8 +114,8 @@ def _print_keys() -> int:
 
 def check_data(config: Config) -> int:
     from dinov2_fsdp.data.sources import open_source
-    from dinov2_fsdp.duration import Duration
     from dinov2_fsdp.timetable import lengths, schedules
+    from eval.online import check_evaluations
 
     images = len(open_source(config.data.train, config.data.cache))
     if config.train.batch > images:
@@ -127,10 +127,7 @@ def check_data(config: Config) -> int:
         )
     length = lengths(config, images)
     schedules(config, length)
-    if config.eval.test and Duration.parse(config.eval.every).value > 0:
-        for spec in (config.eval.test, config.eval.train or config.data.train):
-            if open_source(spec, config.data.cache).labels is None:
-                raise UserError(f"{spec} has no labels, which evaluations need; use class folders, or eval.every=0it")
+    check_evaluations(config)
     return images
 
 
@@ -214,10 +211,10 @@ def _differences(old: Config, new: Config) -> list[str]:
 def _work(config: Config) -> int:
     """Be one process of the run and return its exit code."""
     from dinov2_fsdp.train import train
-    from eval.online import ONLINE
+    from eval.online import online_evaluations
 
     try:
-        return 0 if train(config, ONLINE) else EXIT_INTERRUPTED
+        return 0 if train(config, online_evaluations()) else EXIT_INTERRUPTED
     except (UserError, RunFailed) as error:
         code = show(error)
     # A thread that waits for a rank that is gone would keep a failed process alive.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,11 +23,9 @@ SIZES = [(518, 518), (224, 224), (154, 280)]
 """Images: as large as the released position embeddings stand for, smaller, and not square; (height, width) pixels."""
 SMALL_SIZES = [(70, 70), (42, 42), (28, 56)]
 """The same with position embeddings for 70 pixels."""
-FULL = [
-    # architecture, blocks, registers; the large ones are cut, since a test holds two copies and their files
-    ("vits", 12, 0), ("vits", 12, 4), ("vitb", 12, 0), ("vitb", 12, 4),
-    ("vitl", 12, 0), ("vitl", 12, 4), ("vitg", 2, 0), ("vitg", 2, 4),
-]  # fmt: skip
+DEPTHS = {"vits": 12, "vitb": 12, "vitl": 24, "vitg": 40 if "PARITY_WHOLE" in os.environ else 2}
+"""Blocks: all, but of ViT-g, which needs 12 GB of memory and half an hour, only where the environment asks for it."""
+FULL = [(arch, depth, registers) for arch, depth in DEPTHS.items() for registers in (0, 4)]
 TINY = [("mlp", 0), ("mlp", 4), ("swiglu", 0), ("swiglu", 4)]
 
 
@@ -87,6 +85,19 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max())
 
 
+class Case(NamedTuple):
+    """One image that both sides see; ``size`` is (height, width)."""
+
+    size: tuple[int, int]
+    masked: bool = False
+
+    def masks(self) -> Tensor:
+        return some_masks(1, (self.size[0] // 14) * (self.size[1] // 14))
+
+    def __str__(self) -> str:
+        return f"{self.size[0]}×{self.size[1]}{' masked' if self.masked else ''}"
+
+
 def assert_equal_outputs(ours: Mapping[str, Any], theirs: Mapping[str, Any], case: str) -> None:
     """Compare class token, registers, patch tokens and intermediate layers; keep the errors where asked to."""
     errors = {name: relative_error(ours[name], theirs[name]) for name in theirs}
@@ -94,6 +105,12 @@ def assert_equal_outputs(ours: Mapping[str, Any], theirs: Mapping[str, Any], cas
         with Path(path).open("a") as file:
             file.write(json.dumps({"case": case, **errors}) + "\n")
     assert max(errors.values()) <= TOLERANCE, errors
+
+
+def outputs(of: Callable[..., dict[str, Tensor]], model: Any, cases: Sequence[Case]) -> list[dict[str, Tensor]]:
+    """What ``of`` takes from a model for the images and masks of each case."""
+    with torch.no_grad():
+        return [of(model, images(*case.size), **({"masks": case.masks()} if case.masked else {})) for case in cases]
 
 
 def our_outputs(model: Any, pictures: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:

@@ -6,20 +6,25 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training import differing, metrics, saved_steps, saved_tensors, tiny_run, train_alone, train_as_rank
 
-from dinov2_fsdp.checkpoint import find_checkpoint
-from dinov2_fsdp.config import Config
+import dinov2_fsdp.checkpoint.checkpointer as checkpointer_module
+from dinov2_fsdp.checkpoint import SaveFailed, Superseded, begin_life, find_checkpoint, list_checkpoints
+from dinov2_fsdp.checkpoint.folder import checkpoint_folder, digest, write_manifest
+from dinov2_fsdp.config import Config, from_dict
 from dinov2_fsdp.errors import UserError
+from dinov2_fsdp.ssl.step import SelfDistillation
 from dinov2_fsdp.train import train
 from dinov2_fsdp.weights import export_backbone, load_backbone, untrained_backbone
 
@@ -29,7 +34,7 @@ STEPS, MIDDLE = 6, 3
 def six_steps(run_dir: Path, **overrides: Any) -> Config:
     """A run of six steps that saves after the third, in the middle of a window of metrics."""
     settings = {"train__duration": f"{STEPS}it", "checkpoint__every": f"{MIDDLE}it", "model__drop_path": 0.3}
-    return tiny_run(run_dir, **settings, **overrides)
+    return tiny_run(run_dir, **{**settings, **overrides})
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +68,82 @@ def test_a_resumed_run_writes_the_metrics_of_an_uninterrupted_one(run: Path, tmp
     lines = metrics(tmp_path / "resumed")
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert lines == metrics(run)
+
+
+def test_a_checkpoint_says_of_which_run_and_which_moment_it_is(run: Path) -> None:
+    state = find_checkpoint(run, MIDDLE).state()
+    assert from_dict(yaml.safe_load(state["config"])) == six_steps(run)
+    assert state["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert {"numpy", "pillow", "torchvision"} <= state["versions"].keys()
+    assert state["stream"] == {"seed": 0, "step": MIDDLE, "images": MIDDLE * 8}
+    assert (state["step"], state["data"]["images"], state["world_size"]) == (MIDDLE, 24, 1)
+    assert state["monitor"]["clock"]["elapsed"] > 0
+
+
+def test_a_save_reports_its_stall_among_the_metrics(tmp_path: Path) -> None:
+    train_alone(six_steps(tmp_path, checkpoint__asynchronous=False))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    reported = {line["step"]: line for line in lines if "checkpoint/stall_s" in line}
+    assert MIDDLE in reported
+    assert 0 < reported[MIDDLE]["checkpoint/stall_s"] < reported[MIDDLE]["seconds"]
+    assert reported[MIDDLE]["checkpoint/writing_s"] > 0
+    assert reported[MIDDLE]["checkpoint/gib"] > 0
+
+
+def test_a_save_that_failed_ends_the_run_before_the_next_one_is_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disk_full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpointer_module.dcp, "save", disk_full)
+    config = six_steps(tmp_path, train__duration="400it", checkpoint__every="100it", log__every="1it")
+    with pytest.raises(SaveFailed, match="rank 0 could not write the checkpoint of step 100: No space left on device"):
+        train_alone(config)
+    assert 100 <= metrics(tmp_path)[-1]["step"] < 200
+
+
+def test_a_run_whose_next_life_has_begun_ends_at_its_next_line_of_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off on another node, it would step on beside its successor, and write into the same files."""
+    original = SelfDistillation.loss
+
+    def loss(self: SelfDistillation, batch: Any, targets: Any) -> Any:
+        if (batch.step, batch.index) == (3, 0):
+            begin_life(tmp_path, None)
+        return original(self, batch, targets)
+
+    monkeypatch.setattr(SelfDistillation, "loss", loss)
+    config = six_steps(tmp_path, train__duration="400it", checkpoint__every="0it", log__every="2it")
+    with pytest.raises(Superseded, match=r"this is life 1 .* life 2 has begun"):
+        train_alone(config)
+    assert metrics(tmp_path)[-1]["step"] == 4
+    assert saved_steps(tmp_path) == []
+
+
+def at_a_late_step(run_dir: Path, step: int) -> None:
+    """Let a run's only checkpoint be that of a much later step."""
+    (checkpoint,) = list_checkpoints(run_dir)
+    late = checkpoint.path.rename(checkpoint_folder(run_dir, step))
+    state = checkpoint_folder(run_dir, step) / "state.json"
+    text = json.loads(state.read_text()) | {"step": step}
+    text["monitor"]["step"] = step
+    state.write_text(json.dumps(text))
+    files = {path.name: digest(path) for path in late.iterdir() if path.name != "manifest.json"}
+    write_manifest(late, step, 1, files)
+
+
+def test_a_run_resumes_at_a_late_step_as_fast_as_at_an_early_one(run: Path, tmp_path: Path) -> None:
+    seconds = []
+    for name, step in (("early", MIDDLE), ("late", 10**6)):
+        interrupted(run, tmp_path / name)
+        at_a_late_step(tmp_path / name, step)
+        start = time.monotonic()
+        train_alone(six_steps(tmp_path / name, train__duration=f"{step + 3}it"))
+        seconds.append(time.monotonic() - start)
+        assert metrics(tmp_path / name)[-1]["step"] == step + 3
+    assert seconds[1] < 3 * seconds[0] + 2
 
 
 def test_a_finished_run_started_again_does_nothing(run: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -13,8 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from ranks import run_on_ranks
 from torch import Tensor
-from training import differing, saved_steps
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from training import differing, saved_steps, this_world
 
 import dinov2_fsdp.checkpoint.checkpointer as checkpointer_module
 from dinov2_fsdp.checkpoint import (
@@ -30,8 +35,9 @@ from dinov2_fsdp.checkpoint import (
     list_checkpoints,
 )
 from dinov2_fsdp.config import ParallelConfig
-from dinov2_fsdp.errors import UserError
+from dinov2_fsdp.errors import RunFailed, UserError
 from dinov2_fsdp.parallel.place import Place
+from dinov2_fsdp.parallel.pulse import is_loss_of_another
 from dinov2_fsdp.parallel.world import World, end_world, start_world
 
 
@@ -126,6 +132,17 @@ def test_a_save_is_reported_once_with_what_it_cost(world: World, tmp_path: Path)
     assert saver.report() is None
 
 
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_save_that_was_waited_for_is_reported_too(world: World, tmp_path: Path, asynchronous: bool) -> None:
+    saver = Checkpointer(tmp_path, world, keep=3, keep_every=0, asynchronous=asynchronous)
+    for step in (4, 5):
+        save(saver, step)
+    saver.finish()
+    reports = [saver.report(), saver.report()]
+    assert [report.step for report in reports if report is not None] == [4, 5]
+    assert saver.report() is None
+
+
 def disk_full(_: Any, storage_writer: Any, **__: Any) -> None:
     Path(storage_writer.path, "half.safetensors").write_bytes(b"half")
     raise OSError(28, "No space left on device")
@@ -158,6 +175,21 @@ def test_a_failed_asynchronous_save_is_noticed_without_waiting_and_raised_when_a
     assert saver.report() is None
     with pytest.raises(SaveFailed, match="No space left"):
         saver.finish()
+
+
+def lost_connection(*_: Any, **__: Any) -> None:
+    raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:12345")
+
+
+def test_a_rank_that_lost_another_does_not_blame_its_own_disk(
+    saver: Checkpointer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pulses know who is gone; this one wrote what it had to."""
+    monkeypatch.setattr(checkpointer_module.dcp, "save", lost_connection)
+    with pytest.raises(RuntimeError, match="Connection closed by peer") as caught:
+        save(saver, 4)
+    assert not isinstance(caught.value, SaveFailed)
+    assert is_loss_of_another(caught.value)
 
 
 def test_an_old_checkpoint_goes_only_after_the_new_one_is_whole(
@@ -225,6 +257,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "state lost": (lambda path: (path / "state.json").unlink(), "state.json cannot be read"),
     "manifest lost": (lambda path: (path / "manifest.json").unlink(), "manifest.json cannot be read"),
     "manifest cut": (lambda path: os.truncate(path / "manifest.json", 40), "manifest.json is not readable"),
+    "file of others beside it": (
+        lambda path: shutil.copy(shard(path), path / "zzz.safetensors"),
+        "zzz.safetensors is no part of it",
+    ),
     "manifest of another step": (
         lambda path: shutil.copy(path.parent / "step_00000002" / "manifest.json", path),
         "manifest.json is that of step 2",
@@ -286,6 +322,15 @@ def test_what_lacked_only_its_name_is_kept(saver: Checkpointer, tmp_path: Path) 
     assert content(saver, newest(saver)) == 3.0
 
 
+def test_what_nobody_here_wrote_is_not_swept(saver: Checkpointer, tmp_path: Path) -> None:
+    save(saver, 3)
+    foreign = tmp_path / "checkpoints" / "step_of_mine.partial"
+    foreign.mkdir()
+    saver.sweep()
+    assert foreign.is_dir()
+    assert saved_steps(tmp_path) == [3]
+
+
 def test_another_format_is_refused_and_not_called_damaged(saver: Checkpointer, tmp_path: Path) -> None:
     save(saver, 1)
     path = tmp_path / "checkpoints" / "step_00000001" / "manifest.json"
@@ -311,10 +356,111 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed(saver: Checkpointer
     assert not needed["row"].any(), "nothing may be loaded by halves"
 
 
+def test_a_missing_tensor_alone_is_refused(saver: Checkpointer) -> None:
+    saver.save(1, tensors(1.0), {}, {})
+    with pytest.raises(UserError, match=r"missing \(1\): new"):
+        saver.load(newest(saver), {**tensors(), "new": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (4, 4), (12,), (3, 4)])
+def test_a_tensor_of_another_shape_alone_is_refused(saver: Checkpointer, shape: tuple[int, ...]) -> None:
+    saver.save(1, tensors(1.0), {}, {})
+    needed = {**tensors(), "matrix": torch.zeros(shape)}
+    with pytest.raises(UserError, match=r"other shape \(1\): matrix: \(4, 3\) saved"):
+        saver.load(newest(saver), needed)
+    assert not needed["matrix"].any()
+
+
 def test_an_unexpected_tensor_alone_is_refused(saver: Checkpointer) -> None:
     saver.save(1, {**tensors(), "old": torch.zeros(2)}, {}, {})
     with pytest.raises(UserError, match=r"unexpected \(1\): old"):
         saver.load(newest(saver), tensors())
+
+
+def test_a_checkpoint_that_cannot_be_read_after_all_ends_in_one_message(
+    saver: Checkpointer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch raises then derives from BaseException: nobody would catch it."""
+    save(saver, 1)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(dcp.HuggingFaceStorageReader, "read_data", fail)
+    with pytest.raises(
+        RunFailed, match=r"rank 0 could not read the checkpoint .*step_00000001: OSError: .*Input/output"
+    ):
+        saver.load(newest(saver), tensors())
+
+
+def test_nothing_is_unpickled(saver: Checkpointer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the file in which torch's own format keeps a pickle."""
+    save(saver, 1)
+    (tmp_path / "checkpoints" / "step_00000001" / ".metadata").write_bytes(b"cos\nabort\n(tR.")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("something is unpickled")
+
+    for name in ("load", "loads", "Unpickler", "_Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    assert content(saver, newest(saver)) == 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two ranks
+
+
+def save_and_lose_sight(run_dir: Path) -> list[str]:
+    """Return the files that a manifest lists if each rank sees only its own, as on a network file system."""
+    world = this_world()
+    hidden = f"shard-0000{2 - world.rank}"
+    original = Path.iterdir
+    saver = Checkpointer(run_dir, world, keep=3, keep_every=0, asynchronous=False)
+    Path.iterdir = lambda self: (path for path in original(self) if not path.name.startswith(hidden))  # type: ignore
+    try:
+        save_sharded(saver, 1)
+    finally:
+        Path.iterdir = original  # type: ignore[method-assign]
+    return sorted(json.loads((run_dir / "checkpoints" / "step_00000001" / "manifest.json").read_text())["files"])
+
+
+def save_sharded(saver: Checkpointer, step: int) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    saver.save(step, {"matrix": distribute_tensor(torch.full((4, 3), float(step)), mesh, [Shard(0)])}, {}, {})
+
+
+def damage_what_rank_1_verifies(run_dir: Path) -> int:
+    """Return the step that this rank takes for the newest whole one."""
+    world = this_world()
+    saver = Checkpointer(run_dir, world, keep=3, keep_every=0, asynchronous=False)
+    for step in (1, 2):
+        save_sharded(saver, step)
+    if world.rank == 0:
+        second = sorted((run_dir / "checkpoints" / "step_00000002").glob("*.safetensors"))[1]
+        second.write_bytes(second.read_bytes()[:-1] + b"?")
+    world.barrier()
+    return newest(saver).step
+
+
+def do_both(folder: Path) -> dict[str, Any]:
+    return {"listed": save_and_lose_sight(folder / "sight"), "taken": damage_what_rank_1_verifies(folder / "damage")}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_on_ranks(do_both, 2, tmp_path_factory.mktemp("two_ranks"))
+
+
+@pytest.mark.distributed
+def test_a_manifest_lists_the_files_of_all_ranks_whoever_sees_them(two_ranks: list[dict[str, Any]]) -> None:
+    listed = two_ranks[0]["listed"]
+    assert len([name for name in listed if name.endswith(".safetensors")]) == 2
+    assert "state.json" in listed
+
+
+@pytest.mark.distributed
+def test_what_one_rank_finds_damaged_no_rank_takes(two_ranks: list[dict[str, Any]]) -> None:
+    assert [rank["taken"] for rank in two_ranks] == [1, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -296,3 +296,10 @@ def test_a_wrong_config_fails_at_once_without_a_traceback(override: str) -> None
 @pytest.mark.parametrize("value", ["scenes:", "a: b"])
 def test_text_on_the_command_line_stays_as_it_was_typed(value: str) -> None:
     assert load(None, [f"output_dir={value}"]).output_dir == value
+
+
+def test_a_home_directory_is_one_wherever_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    (tmp_path / "run.yaml").write_text("output_dir: ~/run")
+    assert load(tmp_path / "run.yaml").output_dir == "/home/somebody/run"
+    assert load(None, ["output_dir=~/run", "data.cache=~/cache"]).data.cache == "/home/somebody/cache"

@@ -12,7 +12,7 @@ from parity import randomise
 from ranks import run_on_ranks
 from tiny import tiny_batch, tiny_config, tiny_images, tiny_network
 from torch import Tensor, nn
-from training import differing, this_world, tiny_run, train_alone
+from training import differing, saved_tensors, this_world, tiny_run, train_alone
 
 from dinov2_fsdp.checkpoint import module_tensors
 from dinov2_fsdp.config import Config
@@ -234,3 +234,66 @@ def test_a_frozen_backbone_keeps_its_bits_while_the_heads_learn(name: str) -> No
         assert differing(part(state, "backbone."), part(first, "backbone.")) == []
         assert "mlp.0.weight" in differing(part(state, "dino_head."), part(first, "dino_head."))
     assert "blocks.0.attn.qkv.weight" in differing(part(thawed, "backbone."), part(first, "backbone."))
+
+
+# -- a whole run ------------------------------------------------------------------------------------------------------
+
+
+def continued(run: Path, file: Path, **overrides: Any) -> Config:
+    """A run of four steps that starts from a file and keeps the backbone for two of them."""
+    settings: dict[str, Any] = {
+        "init__backbone": str(file),
+        "init__freeze": "50%",
+        "init__backbone_lr": 0.5,
+        "checkpoint__every": "1it",
+        "optim__warmup": "0it",
+        "optim__freeze_prototypes": "0it",
+    }
+    return tiny_run(run, **{**settings, **overrides})
+
+
+@pytest.fixture(scope="module")
+def trained_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("released") / "trained.safetensors"
+    export_backbone(released(tiny_config(), 16), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def second_run(trained_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "second"
+    train_alone(continued(run, trained_file))
+    return run
+
+
+def test_a_run_keeps_the_backbone_it_was_given_while_its_heads_learn(second_run: Path, trained_file: Path) -> None:
+    given = tensors(load_backbone(trained_file).model)
+    first, frozen, thawed = (saved_tensors(second_run, step) for step in (1, 2, 3))
+    for state in (first, frozen):
+        for network in ("student", "teacher"):
+            assert differing(part(state, f"{network}.backbone."), given) == []
+    assert "mlp.0.weight" in differing(part(first, "student.dino_head."), part(frozen, "student.dino_head."))
+    for network in ("student", "teacher"):
+        assert "blocks.0.attn.qkv.weight" in differing(part(thawed, f"{network}.backbone."), given)
+
+
+def test_a_backbones_own_rate_slows_it_alone(second_run: Path, trained_file: Path, tmp_path: Path) -> None:
+    train_alone(continued(tmp_path / "slow", trained_file, init__backbone_lr=0.005))
+    given = tensors(load_backbone(trained_file).model)["blocks.0.attn.qkv.weight"]
+    # The first step of Adam is as long as its rate, whatever the gradient.
+    fast, slow = (saved_tensors(run, 3) for run in (second_run, tmp_path / "slow"))
+    steps = [(state["student.backbone.blocks.0.attn.qkv.weight"] - given).norm() for state in (fast, slow)]
+    assert float(steps[0] / steps[1]) == pytest.approx(100, rel=0.05)
+    assert differing(part(fast, "student.dino_head."), part(slow, "student.dino_head.")) == []
+
+
+def test_a_run_that_resumes_does_not_start_from_the_backbone_again(
+    second_run: Path, trained_file: Path, tmp_path: Path
+) -> None:
+    moved = shutil.copy(trained_file, tmp_path / "trained.safetensors")
+    train_alone(config := continued(tmp_path / "run", moved))
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
+    moved.unlink()
+    train_alone(config)
+    assert differing(saved_tensors(tmp_path / "run", 4), saved_tensors(second_run, 4)) == []

@@ -82,14 +82,100 @@ def test_a_run_is_over_when_its_last_step_is_saved(run: Path) -> None:
 def test_watching_evaluates_each_checkpoint_once_until_the_run_is_over(run: Path) -> None:
     seen: list[list[int]] = []
 
-    def evaluate(steps: list[int]) -> None:
+    def evaluate(steps: list[int]) -> bool:
         seen.append(steps)
         if len(seen) == 1:
             (run / "checkpoints" / "step_00000006").mkdir()
             finish(run, 6)
+        return True
 
     launcher.watch(run, evaluate, seconds=0)
     assert seen == [[2, 4], [6]]
+
+
+def test_a_submission_that_fails_while_watching_is_tried_again(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[list[int]] = []
+
+    def submit(_run: Path, _tasks: list[str], steps: list[int], *_: object) -> dict[str, Work]:
+        asked.append(steps)
+        if len(asked) == 1:
+            (run / "checkpoints" / "step_00000006").mkdir()
+            finish(run, 6)
+        if len(asked) == 2:
+            raise UserError("SLURM's controller does not answer")
+        return {str(len(asked)): Work("knn", steps[0], ())}
+
+    monkeypatch.setattr("launchers.cluster.controller.there_is_a_cluster", lambda: True)
+    monkeypatch.setattr(launcher, "evaluate_in_jobs", submit)
+    monkeypatch.setattr(evaluations, "follow", lambda jobs, show: [])
+    monkeypatch.setattr(evaluations, "SECONDS", 0)
+    assert call(monkeypatch, "--run", str(run), "--watch") == 0
+    assert asked == [[2, 4], [6], [6]]
+    assert "does not answer; trying again" in capsys.readouterr().out
+
+
+def test_ctrl_c_while_watching_ends_the_command_at_once_and_leaves_the_jobs(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("launchers.cluster.controller.there_is_a_cluster", lambda: True)
+    monkeypatch.setattr(launcher, "watch", interrupt)
+    assert call(monkeypatch, "--run", str(run), "--watch") == 0
+    assert "jobs that were submitted go on" in capsys.readouterr().out
+
+
+def test_watching_waits_for_a_run_whose_job_has_not_started(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "slurm" / "jobs").mkdir(parents=True)
+    content = (run / "config.yaml").read_text()
+    (run / "config.yaml").unlink()
+    monkeypatch.setattr(launcher.time, "sleep", lambda _: (run / "config.yaml").write_text(content))
+    launcher.await_start(run, 1)
+    assert "has not started yet: waiting for its job" in capsys.readouterr().out
+    (run / "config.yaml").unlink()
+    (run / "slurm" / "jobs").rmdir()
+    with pytest.raises(UserError, match="is no run directory"):
+        call(monkeypatch, "--run", str(run), "--watch")
+
+
+@pytest.mark.parametrize(
+    ("said", "there"),
+    [
+        ("Unable to contact slurm controller (connect failure)", None),
+        ("resolve_ctls_from_dns_srv: Unknown host\nsinfo: fatal: Could not establish a configuration source", False),
+    ],
+)  # fmt: skip
+def test_a_login_node_does_not_evaluate_because_its_controller_is_away(
+    said: str, there: bool | None, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sbatch", "sinfo"):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho 'sinfo: error: {said}' >&2; exit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(launcher, "evaluate_here", lambda todo: 0)
+    if there is None:
+        with pytest.raises(UserError, match=r"controller does not answer.*\n.*--local"):
+            call(monkeypatch, "--run", str(run))
+    else:
+        assert call(monkeypatch, "--run", str(run)) == 0
+    assert call(monkeypatch, "--run", str(run), "--local") == 0
+
+
+def test_a_site_s_words_on_whole_nodes_do_not_hold_for_an_evaluation(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (run / "site.yaml").write_text("nodes: 16\ngpus_per_node: 4\nmem: 900G\npartition: gpu\n")
+    found: list[JobOptions] = []
+    monkeypatch.setattr("launchers.cluster.controller.there_is_a_cluster", lambda: True)
+    monkeypatch.setattr(launcher, "evaluate_in_jobs", lambda *arguments: found.append(arguments[-1]) or {})
+    assert call(monkeypatch, "--run", str(run), "--site", str(run / "site.yaml"), "--mem", "20G") == 0
+    assert (found[0].nodes, found[0].mem, found[0].partition) == (1, "20G", "gpu")
+    assert evaluations.demand_of(run, tiny_config(), 1, found[0]).gpus == 1
 
 
 @pytest.mark.parametrize(
@@ -98,7 +184,9 @@ def test_watching_evaluates_each_checkpoint_once_until_the_run_is_over(run: Path
         (["--step", "3"], "no checkpoint of step 3 in"),
         (["--step", "two"], "--step 'two' is not understood; valid: a number, several with commas, or all"),
         (["--step", "2", "--watch"], "--watch evaluates each new checkpoint; leave out --step"),
-        (["--follow"], "no SLURM answers here"),
+        (["--follow"], "there is no SLURM here, so --follow means nothing"),
+        (["--time", "30"], "there is no SLURM here, so --time means nothing"),
+        (["--time", "30", "--watch", "--tasks", "kn"], "task 'kn' is unknown"),
         (["--nodes", "0"], "--nodes 0 is impossible"),
     ],
 )
@@ -107,7 +195,7 @@ def test_what_is_wrong_with_an_option_is_said(
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     if "--nodes" in arguments:
-        monkeypatch.setattr("launchers.cluster.controller.reachable", lambda: True)
+        monkeypatch.setattr("launchers.cluster.controller.there_is_a_cluster", lambda: True)
     with pytest.raises(UserError, match=words.replace("(", r"\(")):
         call(monkeypatch, "--run", str(run), *arguments)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,15 +11,17 @@ import torch
 import torch.distributed as dist
 from evaluation import CPU
 from ranks import run_on_ranks
+from source_files import grow
 from tiny import tiny_config
 
 from dinov2_fsdp.config import Config
+from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.models.initialise import initialise
 from dinov2_fsdp.ssl.network import Network
 from dinov2_fsdp.train import build_networks
-from eval.online import ONLINE
+from eval.online import TASKS, check_evaluations, online_evaluations
 
-TASKS = ("knn", "linear", "logistic", "segmentation", "depth", "retrieval")
+ONLINE = online_evaluations()
 
 
 def config() -> Config:
@@ -55,8 +58,20 @@ def sharded() -> tuple[dict[str, float], bool]:
     return found, all(isinstance(p, dist.tensor.DTensor) for p in teacher.parameters())
 
 
-def test_every_registered_task_is_tried_here() -> None:
-    assert set(ONLINE) == set(TASKS)
+def test_images_of_other_classes_are_refused_before_the_run(tmp_path: Path) -> None:
+    grow(tmp_path, "train/cat/0.png", "train/dog/0.png", "test/cat/0.png", "test/horse/0.png")
+    sets = {"eval__every": "1it", "eval__test": f"folder:{tmp_path}/test", "data__train": f"folder:{tmp_path}/train"}
+    with pytest.raises(UserError, match="only in the first: dog"):
+        check_evaluations(tiny_config(**sets))
+    check_evaluations(tiny_config(**{**sets, "eval__every": "0it"}))
+
+
+def test_dense_tasks_need_a_value_per_pixel_and_no_classes(tmp_path: Path) -> None:
+    grow(tmp_path, *(f"{kind}/{split}/0.png" for kind in ("images", "annotations") for split in ("train", "val")))
+    sets = {"eval__every": "1it", "eval__tasks": ["segmentation"], "eval__train": f"folder:{tmp_path}#train"}
+    check_evaluations(tiny_config(**sets, eval__test=f"folder:{tmp_path}#val"))
+    with pytest.raises(UserError, match="names no images with annotations"):
+        check_evaluations(tiny_config(**sets, eval__test=f"folder:{tmp_path}/images"))
 
 
 @pytest.mark.slow

@@ -59,6 +59,12 @@ def test_lines_that_differ_in_what_was_measured_stand_side_by_side(run: Path, co
     assert len(read_leaderboard(run)) == 2
 
 
+def test_part_of_a_data_set_does_not_replace_the_whole(run: Path) -> None:
+    for limit in (0, 100, 0):
+        record(results(settings={"max_test": limit}), "knn", "knn_20", run)
+    assert sorted(line["test"] for line in read_leaderboard(run)) == ["c", "c (100 images)"]
+
+
 def _write(run: Path, number: int) -> None:
     for step in range(20):
         add_to_leaderboard(run, {**LINE, "step": 100 * number + step})

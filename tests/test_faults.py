@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import signal
@@ -121,29 +122,58 @@ def test_a_stopped_rank_is_named_within_the_time_limit(tmp_path: Path, rank: int
     assert seconds < 30 + 30
 
 
-def test_an_exception_on_one_rank_is_the_message_and_ends_the_other(tmp_path: Path) -> None:
-    """Rank 1 can open no file any more: any exception of one rank alone will do."""
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_rank_that_hangs_is_named_with_its_step_and_phase(tmp_path: Path) -> None:
+    """Rank 1 is alive and waits for a data worker that answers no more, as when its storage does not."""
+    workers = []
+    with LaunchedRun(endless(tmp_path / "run", parallel__timeout=15.0, data__workers=1)) as run:
+        try:
+            run.wait_for_step(3)
+            workers = children(run.rank_pids()[1])
+            assert len(workers) == 1
+            kill(workers[0], signal.SIGSTOP)
+            start = time.monotonic()
+            run.process.wait(PATIENCE)
+            seconds = time.monotonic() - start
+        finally:
+            for worker in workers:
+                kill(worker, signal.SIGKILL)  # it holds the launcher's stdout open
+        code, _, errors = run.end()
+    assert code == EXIT_FAILED
+    message = only_error(errors)
+    assert re.search(r"rank 1 \(\S+, step \d+, in data\) hangs; nothing has moved for parallel.timeout=15 s", message)
+    assert seconds < 15 + 30
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_exception_on_one_rank_is_the_message_and_ends_the_other(tmp_path: Path, rank: int) -> None:
+    """A rank can open no file any more: any exception of one rank alone will do."""
     config = endless(tmp_path / "run", data__train=f"folder:{images(tmp_path / 'images', 64)}")
     with LaunchedRun(config) as run:
         run.wait_for_step(3)
-        resource.prlimit(run.rank_pids()[1], resource.RLIMIT_NOFILE, (3, 3))
+        resource.prlimit(run.rank_pids()[rank], resource.RLIMIT_NOFILE, (3, 3))
         code, _, errors = run.end("no file can be opened any more on a rank")
     assert code == EXIT_FAILED
-    assert "rank 1 " in only_error(errors)
+    assert f"rank {rank} " in only_error(errors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Disks
 
 
-def test_a_full_disk_is_named_and_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_is_named_and_the_last_checkpoint_is_whole(tmp_path: Path, rank: int) -> None:
+    """Rank 0 writes metrics and logs too, which may not add messages of their own."""
     with LaunchedRun(endless(tmp_path / "run", checkpoint__every="5it")) as run:
         run.wait_for_step(7)
-        resource.prlimit(run.rank_pids()[1], resource.RLIMIT_FSIZE, (4096, 4096))
+        resource.prlimit(run.rank_pids()[rank], resource.RLIMIT_FSIZE, (4096, 4096))
         code, _, errors = run.end("disk full on a rank")
     assert code == EXIT_FAILED
     message = only_error(errors)
-    assert "rank 1 could not write the checkpoint of step" in message
+    assert f"rank {rank} could not write the checkpoint of step" in message
     assert "File too large" in message
     kept = saved_steps(tmp_path / "run")
     assert kept

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from training import differing, metrics, saved_tensors, tiny_run, train_alone
 
 from dinov2_fsdp.config import Config
+from dinov2_fsdp.ssl.step import SelfDistillation
 
 GOLDEN = Path(__file__).parent / "golden" / "loss_curve.json"
 STEPS = 50
@@ -59,6 +62,29 @@ def test_the_loss_curve_is_where_it_was(tmp_path: Path) -> None:
 def test_a_small_change_of_the_method_moves_the_curve(tmp_path: Path, change: dict[str, object]) -> None:
     train_alone(golden_run(tmp_path / "run", **change))
     assert largest_move(curve(tmp_path / "run"), json.loads(GOLDEN.read_text())) > TOLERANCE
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_deterministic_run_refuses_kernels_that_may_give_other_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    """On a CPU with one thread runs repeat anyway; on a GPU some kernels add in any order."""
+    original, refused = SelfDistillation.loss, []
+
+    def loss(self: SelfDistillation, batch: Any, targets: Any) -> Any:
+        try:
+            torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))  # which of the two stays is not said
+            refused.append(False)
+        except RuntimeError as error:
+            refused.append("deterministic" in str(error))
+        return original(self, batch, targets)
+
+    monkeypatch.setattr(SelfDistillation, "loss", loss)
+    try:
+        train_alone(tiny_run(tmp_path, train__duration="1it", train__deterministic=deterministic))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert refused == [deterministic] * 2
 
 
 @pytest.mark.slow

@@ -129,6 +129,7 @@ def test_microbatches_that_the_processes_cannot_share_are_refused(tmp_path: Path
     [
         ({"optim__warmup": "200it"}, "warm"),
         ({"parallel__attention": "xformers"}, "parallel.attention=xformers runs on CUDA only"),
+        ({"eval__every": "1it", "eval__test": "scenes:n=10,size=32", "eval__tasks": ["kn"]}, "did you mean 'knn'?"),
         ({"parallel__replicate": 2}, "parallel.replicate=2 does not divide 1 processes"),
     ],
     ids=lambda value: str(value),

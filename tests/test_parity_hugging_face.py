@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ from parity import (
     SIZES,
     SMALL_SIZES,
     TINY,
+    Case,
     assert_equal_outputs,
     blocks,
     images,
     loaded,
     needs,
     our_outputs,
+    outputs,
     published,
     randomise,
     relative_error,
-    some_masks,
     tiny,
 )
 from PIL import Image
@@ -73,27 +75,26 @@ def their_outputs(model: Any, pictures: Tensor, masks: Tensor | None = None) -> 
     }
 
 
-def compare(ours: Any, theirs: Any, sizes: list[tuple[int, int]], case: str) -> None:
-    for height, width in sizes:
-        pictures = images(height, width)
-        # The largest size is the slowest, and masks act before the size matters.
-        masks = [None] if (height, width) == SIZES[0] else [None, some_masks(1, (height // 14) * (width // 14))]
-        for hidden in masks:
-            with torch.no_grad():
-                found = our_outputs(ours, pictures, hidden)
-            kind = "" if hidden is None else " masked"
-            assert_equal_outputs(found, their_outputs(theirs, pictures, hidden), f"{case} {height}×{width}{kind}")
-
-
 def both_ways(model: ModelConfig, image_size: int, sizes: list[tuple[int, int]], folder: Path, name: str) -> None:
+    # The largest size is the slowest, and masks act before the size matters.
+    cases = [Case(size) for size in sizes] + [Case(size, masked=True) for size in sizes[1:]]
+    # One copy in memory at a time.
     ours = loaded(model, image_size, interpolation=rule(model.registers))
     export(ours, "hf", folder / "ours")
-    compare(ours.model, their_model(folder / "ours"), sizes, f"hf {name} out")
+    found = outputs(our_outputs, ours.model, cases)
     del ours
+    for case, a, b in zip(cases, found, outputs(their_outputs, their_model(folder / "ours"), cases), strict=True):
+        assert_equal_outputs(a, b, f"hf {name} out {case}")
+    shutil.rmtree(folder / "ours")
+
     theirs = their_random_model(model, image_size, seed=1)
     theirs.save_pretrained(folder / "theirs")
+    expected = outputs(their_outputs, theirs, cases)
+    del theirs
     back = load_backbone(folder / "theirs", interpolation=rule(model.registers))
-    compare(back.model, theirs, sizes[1:], f"hf {name} in")
+    for case, a, b in zip(cases, outputs(our_outputs, back.model, cases), expected, strict=True):
+        assert_equal_outputs(a, b, f"hf {name} in {case}")
+    shutil.rmtree(folder / "theirs")
 
 
 @pytest.mark.parametrize(("ffn", "registers"), TINY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from parity import (
     SIZES,
     SMALL_SIZES,
     TINY,
+    Case,
     assert_equal_outputs,
     blocks,
     images,
     loaded,
     needs,
     our_outputs,
+    outputs,
     published,
     randomise,
     relative_error,
@@ -64,23 +67,25 @@ def their_outputs(model: Any, pictures: Tensor) -> dict[str, Tensor]:
     }
 
 
-def compare(ours: Any, theirs: Any, sizes: list[tuple[int, int]], case: str) -> None:
-    for height, width in sizes:
-        pictures = images(height, width)
-        with torch.no_grad():
-            found = our_outputs(ours, pictures)
-        assert_equal_outputs(found, their_outputs(theirs, pictures), f"{case} {height}×{width}")
-
-
 def both_ways(model: ModelConfig, image_size: int, sizes: list[tuple[int, int]], folder: Path, name: str) -> None:
+    cases = [Case(size) for size in sizes]
+    # One copy in memory at a time.
     ours = loaded(model, image_size, interpolation=RULE)
     export(ours, "timm", folder / "ours")
-    compare(ours.model, their_model(folder / "ours"), sizes, f"timm {name} out")
+    found = outputs(our_outputs, ours.model, cases)
     del ours
-    theirs = their_random_model(model, image_size, seed=1)
-    save_file(theirs.state_dict(), folder / "theirs.safetensors")
-    back = load_backbone(folder / "theirs.safetensors", interpolation=RULE)
-    compare(back.model, theirs, sizes[1:], f"timm {name} in")
+    for case, a, b in zip(cases, found, outputs(their_outputs, their_model(folder / "ours"), cases), strict=True):
+        assert_equal_outputs(a, b, f"timm {name} out {case}")
+    shutil.rmtree(folder / "ours")
+
+    theirs, file = their_random_model(model, image_size, seed=1), folder / "theirs.safetensors"
+    save_file(theirs.state_dict(), file)
+    expected = outputs(their_outputs, theirs, cases)
+    del theirs
+    back = load_backbone(file, interpolation=RULE)
+    for case, a, b in zip(cases, outputs(our_outputs, back.model, cases), expected, strict=True):
+        assert_equal_outputs(a, b, f"timm {name} in {case}")
+    file.unlink()
 
 
 @pytest.mark.parametrize(("ffn", "registers"), TINY)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from ranks import run_on_ranks
 
+from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.parallel.place import Place
-from dinov2_fsdp.parallel.preflight import BadNodes, NodeTimes, preflight, slow_nodes, summarise
+from dinov2_fsdp.parallel.preflight import BadNodes, NodeTimes, broken_nodes, preflight, slow_nodes, summarise
 
 
 def free_port() -> int:
@@ -54,6 +56,50 @@ def test_a_slow_node_does_not_make_its_neighbours_slow() -> None:
 def test_a_node_is_as_slow_as_its_slowest_rank() -> None:
     times = summarise([("a", 0.1, {}), ("a", 0.4, {}), ("b", 0.2, {}), ("b", 0.1, {})])
     assert [(t.node, t.compute, t.link) for t in times] == [("a", 0.4, None), ("b", 0.2, None)]
+
+
+def test_a_node_without_its_gpus_is_named_and_one_with_a_cpu_instead_as_well() -> None:
+    said = [("cuda", ""), ("cuda", ""), ("cpu", "8 processes need 8 GPUs"), ("cuda", ""), ("cpu", ""), ("cpu", "")]
+    assert broken_nodes(said, ["a", "b", "c"]) == {
+        "b": "8 processes need 8 GPUs",
+        "c": "it shows no GPU, but other nodes do",
+    }
+    assert broken_nodes([("cpu", ""), ("cpu", "")], ["a", "b"]) == {}
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, *ranks: int) -> list[Exception]:
+    """Return how a pre-flight ends on each of two nodes when these ranks have no device."""
+
+    def devices(*_: object) -> str:
+        if int(threading.current_thread().name) in ranks:
+            raise UserError("1 processes need 1 GPUs, but this machine shows 0")
+        return "cpu"
+
+    def check(rank: int) -> None:
+        try:
+            preflight("cuda", Place(rank, 2, 0, 1, "127.0.0.1", port), port, "ab"[rank], ["a", "b"], 20)
+        except (UserError, BadNodes) as error:
+            ends[rank] = error
+
+    monkeypatch.setattr("dinov2_fsdp.parallel.preflight.check_devices", devices)
+    port, ends = free_port(), {}
+    threads = [threading.Thread(target=check, args=(rank,), name=str(rank)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [ends[rank] for rank in range(2)]
+
+
+def test_every_rank_names_the_one_node_that_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    for end in broken(monkeypatch, 1):
+        assert isinstance(end, BadNodes)
+        assert end.nodes == ("b",)
+        assert str(end) == "b: 1 processes need 1 GPUs, but this machine shows 0"
+
+
+def test_what_all_nodes_lack_is_a_mistake_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [type(end) for end in broken(monkeypatch, 0, 1)] == [UserError, UserError]
 
 
 def measure(port: int) -> dict[str, object]:

@@ -120,6 +120,18 @@ def test_a_named_cause_ends_ranks_that_wait_for_ever(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == ""
 
 
+def test_a_cause_that_was_heard_is_remembered_when_rank_0_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 fails, says why and ends, and takes the store with it: the others lose it a moment later."""
+    monkeypatch.setattr(pulse_module, "GRACE", 60.0)
+    with ranks(2) as (pulses, ended):
+        assert pulses[0].claim("rank 0 failed: MemoryError")
+        wait_until(lambda: pulses[1]._heard is not None)
+        pulses[1]._ask = lambda question: None  # type: ignore[method-assign]
+        assert pulses[1].explain_loss() == ("rank 0 failed: MemoryError", False)
+        assert not pulses[1].claim("a consequence of it")
+        assert ended == []
+
+
 def test_a_dead_rank_ends_the_others_though_no_communication_fails(capsys: pytest.CaptureFixture[str]) -> None:
     with ranks(3) as (pulses, ended):
         for pulse in pulses:

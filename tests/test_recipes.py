@@ -41,6 +41,19 @@ def test_a_recipe_is_headed_by_its_command_hardware_and_expectation(recipe: Path
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_every_command_in_a_head_says_where_all_the_images_are(recipe: Path) -> None:
+    """Who has them elsewhere sees what to change: images of one key left behind would stop the run."""
+    config = read(recipe)
+    images = {"data.train": config.data.train, "eval.train": config.eval.train, "eval.test": config.eval.test}
+    on_disk = [key for key, spec in images.items() if spec is not None and not spec.startswith("scenes:")]
+    lines = head_comment(recipe).replace("\\\n#", "").splitlines()
+    commands = [line for line in lines if f"--config {recipe}" in line]
+    assert commands
+    for command in commands:
+        assert [key for key in on_disk if f"{key}=" not in command] == [], command
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_a_recipe_builds_a_network_of_the_planned_size(recipe: Path) -> None:
     config = read(recipe)
     with torch.device("meta"):

@@ -12,6 +12,7 @@ from ranks import run_on_ranks
 from tiny import tiny_batch, tiny_config, tiny_network
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from training import differing, metrics, saved_tensors, this_world, tiny_run, train_alone, train_as_rank
 
 from dinov2_fsdp.checkpoint import module_tensors
@@ -140,6 +141,58 @@ def test_recomputing_activations_recomputes_every_second_or_every_block(world: W
         one_step(config, student, teacher)
         calls[mode] = [seen.count(index) for index in range(len(student.backbone.blocks))]
     assert calls == {"none": [1, 1], "selective": [2, 1], "full": [2, 2]}
+
+
+def blocks_of_four(world: World, **overrides: Any) -> tuple[Network, list[Any]]:
+    """A sharded student of four blocks, and what FSDP knows of each."""
+    student, _, _ = sharded_networks(tiny_config(model__depth=4, **overrides), world)
+    return student, [block._get_fsdp_state() for block in student.backbone.blocks]
+
+
+@pytest.mark.parametrize(("size", "units"), [(1, 4), (2, 2), (3, 2), (9, 1)])
+def test_as_many_blocks_as_asked_for_are_gathered_together(world: World, size: int, units: int) -> None:
+    student, states = blocks_of_four(world, parallel__blocks_per_unit=size)
+    assert len({id(state) for state in states}) == units
+    assert all(state is not student._get_fsdp_state() for state in states), "none is left to the root"  # type: ignore
+
+
+@pytest.mark.parametrize("freed", [True, False])
+def test_weights_are_freed_after_the_forward_pass_or_kept(world: World, freed: bool) -> None:
+    student, _ = blocks_of_four(world, parallel__reshard_after_forward=freed)
+    student([torch.zeros(2, 3, 16, 16)], None, torch.tensor([0]))
+    assert [isinstance(block.attn.qkv.weight, DTensor) for block in student.backbone.blocks] == [freed] * 4
+
+
+def test_units_gather_as_many_others_ahead_as_asked_for(world: World) -> None:
+    def ahead(prefetch: int) -> list[list[int]]:
+        _, states = blocks_of_four(world, parallel__prefetch=prefetch)
+        place = {id(state): index for index, state in enumerate(states)}
+        wanted = [(*state._states_to_forward_prefetch, *state._states_to_backward_prefetch) for state in states]
+        return [[place[id(state)] for state in found] for found in wanted]
+
+    assert ahead(1) == [[], [], [], []], "one is what FSDP does by itself"
+    assert ahead(2) == [[1, 2], [2, 3, 0], [3, 1, 0], [2, 1]]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_every_block_is_compiled_or_none(world: World, monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    seen: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: seen.append(self))
+    student, _ = blocks_of_four(world, parallel__compile=compiled)
+    assert [sum(module is block for module in seen) for block in student.backbone.blocks] == [int(compiled)] * 4
+
+
+def test_gradients_are_exchanged_once_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until the last microbatch they stay where they are: a rank's shard has none yet."""
+    original, before = SelfDistillation.loss, []
+
+    def loss(self: SelfDistillation, batch: Any, targets: Any) -> Any:
+        before.append(sum(parameter.grad is not None for parameter in self.student.parameters()))
+        return original(self, batch, targets)
+
+    monkeypatch.setattr(SelfDistillation, "loss", loss)
+    train_alone(tiny_run(tmp_path, train__duration="2it", train__microbatch=2))
+    assert before == [0] * 8
 
 
 def test_a_run_moves_every_weight(tmp_path: Path) -> None:

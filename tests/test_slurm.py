@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,13 @@ import pytest
 
 from dinov2_fsdp.errors import UserError
 from launchers import slurm
-from launchers.cluster import checks, controller, options, progress
-from launchers.cluster.allocation import without_job
+from launchers.cluster import batch, checks, controller, options, progress
+from launchers.cluster.allocation import Allocation, without_job
 from launchers.cluster.batch import free_ports
-from launchers.cluster.submission import Submission
+from launchers.cluster.follow import Followed, look
+from launchers.cluster.lives import Life, Lives
+from launchers.cluster.rank import stop_in_time
+from launchers.cluster.submission import Submission, record_job
 from launchers.cluster.training import launch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,6 +153,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(tmp_path: Path) -> None:
         (["--max-restarts", "-1"], "--max-restarts -1 is impossible; valid: 0 or more"),
         (["--time", "10", "--signal-seconds", "700"], "leaves nothing of --time 10 (600 s)"),
         (["--slurm", "output=x"], "--slurm output=… would break the job"),
+        (["--slurm", "time=3"], "--slurm time=…: use --time, which is checked"),
         (["--slurm", "=3"], "--slurm '=3' is not of the form KEY=VALUE"),
         (["--env", "WORD"], "--env 'WORD' is not of the form KEY=VALUE"),
         (["--env", "1A=2"], "--env 1A=… is no name of a variable"),
@@ -165,6 +172,21 @@ def test_what_is_wrong_with_an_option_is_said(
     stub()
     assert words in refusal("--output-dir", "run", *arguments, *CPU[:4], *([] if "data" in arguments[0] else CPU[4:]))
     assert not list(working_folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--partiton", "x"], "unrecognized arguments: --partiton; did you mean '--partition'?"),
+        (["--nodes", "two"], "argument --nodes: invalid int value: 'two'"),
+        (["--preflight", "maybe"], "argument --preflight: invalid choice: 'maybe'"),
+    ],
+)
+def test_an_option_that_is_none_is_said_in_two_lines(arguments: list[str], words: str) -> None:
+    result = command(*arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {words}")
+    assert len(result.stderr.splitlines()) == 2
 
 
 @pytest.mark.parametrize(
@@ -204,6 +226,15 @@ def test_what_sbatch_refuses_is_said_in_its_words(stub: Stub, working_folder: Pa
     stub(sbatch="echo \"sbatch: unrecognized option '--colour=red'\" >&2; exit 1")
     assert "unrecognized option '--colour=red'" in refusal("--output-dir", "run", "--slurm", "colour=red", *CPU)
     assert not (working_folder / "run" / "slurm").exists()
+
+
+def test_a_refused_job_leaves_the_run_that_it_was_to_overwrite(stub: Stub, working_folder: Path) -> None:
+    stub(sbatch="echo 'sbatch: error: invalid account' >&2; exit 1")
+    for name in ("run/logs", "run/checkpoints"):
+        (working_folder / name).mkdir(parents=True)
+    (working_folder / "run" / "config.yaml").write_text("seed: 3\n")
+    assert "invalid account" in refusal("--output-dir", "run", "--overwrite", *CPU)
+    assert (working_folder / "run" / "checkpoints").is_dir()
 
 
 def test_a_controller_that_hangs_is_not_waited_for(
@@ -252,7 +283,16 @@ def test_a_submission_tells_job_log_and_what_to_do_with_it(
     assert "--follow" in printed
     folder = working_folder / "run" / "slurm" / "001"
     assert (folder / "77_submitted.pkl").is_file()
-    assert Submission.read(folder).members[0].run_dir == str(working_folder / "run")
+    submission = Submission.read(folder)
+    assert submission.members[0].run_dir == str(working_folder / "run")
+    assert submission.watches_clock
+
+
+def test_seconds_that_a_user_gives_for_the_signal_are_the_last_word(stub: Stub, working_folder: Path) -> None:
+    folder = stub()
+    start("--output-dir", "run", "--signal-seconds", "7", *CPU)
+    assert "#SBATCH --signal=USR2@7" in (folder / "script").read_text()
+    assert not Submission.read(working_folder / "run" / "slurm" / "001").watches_clock
 
 
 @pytest.mark.parametrize("name", ["with space", "it's", 'say "x"', "a&b;c", "$HOME", "ünï"])
@@ -287,6 +327,28 @@ def test_options_reach_the_script(stub: Stub, working_folder: Path) -> None:
     assert "--cpu-bind=none apptainer exec i.sif python -u -m submitit" in script
 
 
+def test_gpus_and_memory_may_be_asked_for_in_the_site_s_own_way(stub: Stub, working_folder: Path) -> None:
+    folder = stub()
+    start("--output-dir", "run", "--slurm", "gres=gpu:a100:8", "--slurm", "mem-per-gpu=90G", *CPU[1:], "--nodes", "2",
+          "train.batch=32", "train.microbatch=2", "data.train=scenes:n=64,size=32")  # fmt: skip
+    script = (folder / "script").read_text()
+    assert "#SBATCH --gres=gpu:a100:8" in script
+    assert "#SBATCH --ntasks-per-node=8" in script
+    assert "--gpus-per-node" not in script
+    assert "--mem=" not in script
+
+
+def test_with_gpus_no_rank_is_content_with_a_cpu(stub: Stub, working_folder: Path) -> None:
+    """A node whose GPUs are gone would otherwise train on its cores, and the others wait for it."""
+    from dinov2_fsdp.config import load
+
+    stub()
+    for name, gpus, device in (("a", "1", "cuda"), ("b", "0", "cpu")):
+        start("--output-dir", name, "--gpus-per-node", gpus, *CPU[1:])
+        submission = Submission.read(working_folder / name / "slurm" / "001")
+        assert load(submission.members[0].config).parallel.device == device
+
+
 def test_a_job_gets_nothing_from_the_one_that_submits_it(
     stub: Stub, working_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,6 +379,25 @@ def test_a_run_has_one_job_at_a_time(stub: Stub, working_folder: Path) -> None:
     stub(squeue="echo '77|FAILED|None'")
     assert start("--output-dir", "run", *CPU) == 0
     assert (working_folder / "run" / "slurm" / "002").is_dir()
+
+
+def test_an_array_that_runs_can_be_followed_by_the_same_command(
+    stub: Stub, working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub()
+    array = ("--output-dir", "run", "--array", "seed=0,1", *CPU)
+    start(*array)
+    # As they are looked for, both run; as they are followed, they are over.
+    stub(
+        squeue="""[ -e over ] && s=FAILED || s=RUNNING; printf '77_0|FAILED|x\\n77_1|%s|None\\n' $s
+                   echo x >>asked; [ $(wc -l <asked) = 2 ] && touch over; true"""
+    )
+    capsys.readouterr()
+    assert start(*array, "--follow") == 1
+    printed = capsys.readouterr().out
+    assert "job 77_1 is at run/seed=1 already: following it" in printed
+    assert "77_0" not in printed
+    assert not (working_folder / "run" / "slurm" / "002").exists()
 
 
 def test_a_directory_with_another_run_is_refused(stub: Stub, working_folder: Path) -> None:
@@ -404,6 +485,8 @@ def test_the_user_s_own_site_file_is_found(stub: Stub, working_folder: Path, mon
     ("content", "words"),
     [
         ("partitoin: low", "unknown key 'partitoin'; did you mean 'partition'?"),
+        ("nodes: 1.5", "'nodes' holds '1.5'; it needs a whole number"),
+        ("partition: [a, b]", "'partition' holds ['a', 'b']; it needs one value"),
         ("nodes: many", "'nodes' holds 'many'; it needs a whole number"),
         ("slurm: fast", "'slurm' holds 'fast'; it needs lines like"),
         ("preflight: maybe", "'preflight' holds 'maybe'; valid: warn, exclude, off"),
@@ -416,6 +499,19 @@ def test_what_is_wrong_with_a_site_file_is_said(content: str, words: str, workin
     (working_folder / "site.yaml").write_text(content)
     assert words in refusal("--site", "site.yaml", "--output-dir", "run", *CPU)
     assert not (working_folder / "hacked").exists()
+
+
+def test_what_a_site_file_says_is_taken_as_it_is_written(stub: Stub, working_folder: Path) -> None:
+    """YAML would read these as 7200, 83, 960, true and the word None."""
+    folder = stub()
+    (working_folder / "site.yaml").write_text(
+        "time: 2:00:00\naccount: 0123\nqos: on\nexclude: null\nconstraint:\nslurm: {begin: 16:00, exclusive: }\n"
+    )
+    start("--output-dir", "run", "--site", "site.yaml", *CPU)
+    lines = (folder / "script").read_text().splitlines()
+    for line in ("time=120", "account=0123", "qos=on", "begin=16:00", "exclusive"):
+        assert f"#SBATCH --{line}" in lines
+    assert not [line for line in lines if "exclude" in line or "constraint" in line]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -443,6 +539,33 @@ def test_the_signal_comes_before_a_step_and_a_save_as_measured(tmp_path: Path) -
     assert progress.signal_seconds(tmp_path, 8, None, default=300) == 2 * (16 + 41) + 60
 
 
+@pytest.mark.parametrize(("left", "stopped"), [(150.0, True), (900.0, False)])
+def test_a_life_stops_as_early_as_its_own_times_ask_for(tmp_path: Path, left: float, stopped: bool) -> None:
+    """SLURM's signal was settled before anything had been measured."""
+    write_metrics(tmp_path)  # 174 s
+    now, ended, calls = time.time(), threading.Event(), []
+
+    class Ended(threading.Event):
+        looks = 0
+
+        def wait(self, timeout: float | None = None) -> bool:
+            self.looks += 1
+            return self.looks > 3
+
+    life = Life(1, "1", "/s", 0, ["n"], now - 3000, [1, 2], limit=now + left)
+    stop_in_time(tmp_path, 8, life, lambda: calls.append(1), Ended(), every=0)
+    stop_in_time(tmp_path, 8, dataclasses.replace(life, limit=None), lambda: calls.append(2), ended)
+    assert calls == ([1] if stopped else [])
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"), [("59:58", 3598), ("1-02:00:01", 93601), ("UNLIMITED", None), ("INVALID", None)]
+)
+def test_what_is_left_of_a_job_is_what_slurm_says(stub: Stub, said: str, seconds: float | None) -> None:
+    stub(squeue=f"echo {said}")
+    assert controller.seconds_left("7") == seconds
+
+
 def test_a_cut_off_line_of_metrics_is_left_out(tmp_path: Path) -> None:
     write_metrics(tmp_path)
     assert progress.last_step(tmp_path) == 10
@@ -462,3 +585,43 @@ def test_a_port_in_use_is_passed_over() -> None:
         taken.bind(("", first[0]))
         taken.listen()
         assert first[0] not in free_ports("123", 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A cluster that lets no job requeue itself.
+
+
+def test_a_job_that_is_submitted_anew_can_be_submitted_anew_once_more(stub: Stub, tmp_path: Path) -> None:
+    """The script bears the number of the first job only."""
+    folder = stub()
+    (tmp_path / "5_submission.sh").write_text("#!/bin/bash\n# this script\n")
+    second = Allocation("6", "6", 0, 0, ("n1",), 1)
+    assert batch._start_again(tmp_path, second, tmp_path / "run", ())
+    assert "# this script" in (folder / "script").read_text()
+    member = Allocation("6_2", "8", 0, 2, ("n1",), 1)
+    assert batch._start_again(tmp_path, member, tmp_path / "run", ())
+    assert sorted(path.name for path in (tmp_path / "run" / "slurm" / "jobs").iterdir()) == ["77", "77_2"]
+
+
+def test_following_goes_on_with_the_job_that_was_submitted_anew(tmp_path: Path) -> None:
+    said: list[str] = []
+    record_job(tmp_path, "5")
+    one = Followed("run", tmp_path, "5")
+    look(one, ("RUNNING", "None"), said.append, "")
+    record_job(tmp_path, "77")
+    os.utime(tmp_path / "slurm" / "jobs" / "5", (1, 1))
+    look(one, ("COMPLETED", "None"), said.append, "")
+    assert (one.job, one.over) == ("77", False)
+    assert said[-1] == "job 5 is over and goes on as job 77"
+    look(one, ("COMPLETED", "None"), said.append, "")
+    assert one.over
+
+
+def test_following_names_nodes_that_the_pre_flight_found_slow(tmp_path: Path) -> None:
+    lives, said = Lives(tmp_path), list[str]()
+    life = lives.begin("5", "/s", 0, ["n1", "n2"], [1, 2])
+    lives.say(life.number, "preflight", {"slow": {"n2": "compute takes 9 ms"}})
+    one = Followed("run", tmp_path, "5")
+    for _ in range(2):
+        look(one, ("RUNNING", "None"), said.append, "")
+    assert said[1:] == ["the pre-flight found n2 slow: compute takes 9 ms"]

@@ -141,9 +141,12 @@ def test_the_same_failure_at_the_same_step_is_not_tried_again() -> None:
         (RAISED, RAISED, 11),  # further than before
         (RAISED, Cause("exception", "OSError: stale file handle"), 10),
         (KILLED, Cause("signal", "Killed", 1, "node1"), 10),  # not the same rank
+        # One slow node after the other is left out.
+        (Cause("preflight", "node2 is slow: 9 ms", nodes=("node2",)),
+         Cause("preflight", "node5 is slow: 7 ms", nodes=("node5",)), 10),
         (NODE, NODE, 10),  # says nothing about the run
     ],
-)
+)  # fmt: skip
 def test_another_failure_is_tried_again(first: Cause, second: Cause, step: int) -> None:
     assert decide([life(1, FAILED, first), life(2, FAILED, second, step)], 9, 9).again
 

@@ -26,6 +26,11 @@ def opened(cache: Path) -> Open:
 # ------------------------------------------------------------------------------------------------------------ choosing
 
 
+def test_a_kind_without_a_place_is_answered_with_its_form(opened: Open) -> None:
+    with pytest.raises(UserError, match="says which kind it is but not where; write folder:PATH"):
+        opened("folder")
+
+
 def test_an_unknown_kind_is_answered_with_the_nearest_one(opened: Open) -> None:
     with pytest.raises(UserError, match=r"(?s)did you mean 'folder'.*valid: folder:PATH.*scenes:"):
         opened("foldr:/x")

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ranks import run_on_ranks
 from tiny import tiny_config
 from torch import Tensor
+from training import metrics, tiny_run, train_alone, train_as_rank
 
+from dinov2_fsdp.checkpoint import find_checkpoint
 from dinov2_fsdp.config import Config
 from dinov2_fsdp.data.batch import IMAGE_MEAN, IMAGE_STD, Microbatch, normalise
 from dinov2_fsdp.data.loader import Microbatches, build_crops, build_loader
@@ -19,6 +22,7 @@ from dinov2_fsdp.data.masks import masks_for
 from dinov2_fsdp.data.sources import BadImage, Source, open_source
 from dinov2_fsdp.data.sources.embedded import ScenesSource
 from dinov2_fsdp.data.stream import Stream, permute
+from dinov2_fsdp.errors import RunFailed
 from dinov2_fsdp.rng import generator
 
 LENGTHS = [1, 2, 3, 5, 64, 1000, 4097]
@@ -146,9 +150,9 @@ def test_workers_change_nothing(source: Source) -> None:
     assert all(_same(a, b) for a, b in zip(alone, helped, strict=True))
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 4, 8])
 def test_ranks_share_the_microbatches_of_one(source: Source, world: int) -> None:
-    config = tiny_config(train__batch=8, train__microbatch=2)
+    config = tiny_config(train__batch=8, train__microbatch=1, loss__koleo=0.0)
     whole = {(batch.step, batch.index): batch for batch in _load(config, source, 2, 4)}
     shared = [batch for rank in range(world) for batch in _load(config, source, 2, 4, rank, world)]
     assert sorted((batch.step, batch.index) for batch in shared) == sorted(whole)
@@ -258,6 +262,53 @@ def test_a_folder_with_a_broken_file_trains_on_the_others(tmp_path: Path) -> Non
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n truncated")
     batches = _load(tiny_config(), open_source(f"folder:{tmp_path}", tmp_path / "cache"), 0, 2)
     assert any("broken.png" in name for batch in batches for name, _ in batch.bad)
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+BROKEN = 6
+
+
+@pytest.fixture
+def holes(tmp_path: Path) -> dict[str, str]:
+    """Settings of a run over 24 images, six of which cannot be read; an epoch is three steps."""
+    (tmp_path / "images").mkdir()
+    for value in range(24):
+        path = tmp_path / "images" / f"{value:02d}.png"
+        Image.new("RGB", (20, 20), (10 * value, 0, 0)).save(path)
+        if value < BROKEN:
+            path.write_bytes(b"no image")
+    return {"data__train": f"folder:{tmp_path / 'images'}", "data__cache": str(tmp_path / "cache"), "log__every": "1it"}
+
+
+def test_a_run_counts_and_names_its_bad_images_over_its_lives(
+    tmp_path: Path, holes: dict[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    train_alone(tiny_run(tmp_path / "run", train__duration="3it", **holes))
+    for value in range(BROKEN):
+        assert any(f"{value:02d}.png" in message and "replaced" in message for message in caplog.messages)
+    assert metrics(tmp_path / "run")[-1]["bad_images"] == BROKEN
+    caplog.clear()
+    train_alone(tiny_run(tmp_path / "run", train__duration="4it", **holes))
+    assert metrics(tmp_path / "run")[-1]["bad_images"] == BROKEN, "as many, though this life saw but a step"
+    assert not any("replaced" in message for message in caplog.messages), "each is named once"
+
+
+def test_more_bad_images_than_are_borne_end_a_run(tmp_path: Path, holes: dict[str, str]) -> None:
+    train_alone(tiny_run(tmp_path / "enough", train__duration="3it", data__max_bad_images=BROKEN, **holes))
+    with pytest.raises(RunFailed, match=r"6 images of folder:.* more than data.max_bad_images=5 .*\d\d\.png"):
+        train_alone(tiny_run(tmp_path / "run", train__duration="3it", data__max_bad_images=BROKEN - 1, **holes))
+
+
+@pytest.mark.distributed
+def test_every_rank_counts_the_bad_images_of_all(tmp_path: Path, holes: dict[str, str]) -> None:
+    config = tiny_run(tmp_path / "run", train__duration="3it", **holes)
+    run_on_ranks(train_as_rank, 2, config)
+    found = find_checkpoint(tmp_path / "run").state()["bad_images"]
+    assert [Path(name).name for name in sorted(found)] == [f"{value:02d}.png" for value in range(BROKEN)]
+    source = open_source(config.data.train, config.data.cache)
+    of_rank_1 = [name for batch in _load(config, source, 0, 3, 1, 2) for name, _ in batch.bad]
+    assert 0 < len(of_rank_1) < BROKEN, "what rank 0 saved, it did not see alone"
 
 
 # -- the microbatch ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,6 +73,87 @@ def test_a_command_answers_a_mistake_in_words(run: Callable[..., tuple[int, str]
     assert out.startswith(f"error: {tmp_path}/nothing is no run directory")
 
 
+@pytest.mark.parametrize("to", ["official", "hf", "timm"])
+def test_what_is_written_is_for_whom_the_umask_says(
+    to: str, run: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    """Weights are shared: a file that only its writer may read is of no use to a group."""
+    export(loaded(tiny("mlp", 0), SIZE), "official", tmp_path / "weights.pth")
+    out = tmp_path / ("back.safetensors" if to == "official" else "back")
+    before = os.umask(0o027)
+    try:
+        code, printed = run("export", "--run", f"{tmp_path}/weights.pth", "--to", to, "--out", str(out))
+    finally:
+        os.umask(before)
+    assert code == 0, printed
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in ([out] if out.is_file() else out.iterdir())}
+    assert set(modes.values()) == {"0o640"}, modes
+
+
+def test_a_place_that_cannot_be_written_is_named(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    export(loaded(tiny("mlp", 0), SIZE), "official", tmp_path / "weights.pth")
+    (tmp_path / "folder.safetensors").mkdir()
+    for to, out in (("hf", "weights.pth/hf"), ("timm", "weights.pth/timm"), ("official", "folder.safetensors")):
+        code, printed = run("export", "--run", f"{tmp_path}/weights.pth", "--to", to, "--out", f"{tmp_path}/{out}")
+        assert code == 2
+        assert printed.startswith(f"error: --out {tmp_path}/{out} cannot be written: "), printed
+    assert {path.name for path in tmp_path.rglob("*")} == {"weights.pth", "folder.safetensors"}
+
+
+def test_an_impossible_number_of_heads_is_refused(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    export(loaded(tiny("mlp", 0), SIZE), "official", tmp_path / "weights.pth")
+    export(loaded(tiny("mlp", 0), SIZE), "hf", tmp_path / "hf")
+    for source, heads, complaint in (
+        ("weights.pth", "3", "3 attention heads are impossible; valid: a divisor of its width, 128"),
+        ("weights.pth", "0", "0 attention heads are impossible"),
+        ("hf", "4", "says that it has 2; leave the heads out"),
+    ):
+        out = ("--out", f"{tmp_path}/back.safetensors")
+        code, printed = run("import", "--from", f"{tmp_path}/{source}", "--heads", heads, *out)
+        assert (code, complaint in printed) == (2, True), printed
+    assert not (tmp_path / "back.safetensors").exists()
+
+
+def test_a_step_that_the_weights_are_not_of_is_refused(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    ours = loaded(tiny("mlp", 0), SIZE)
+    export(ours, "official", tmp_path / "weights.pth")
+    ours.step = 12
+    export(ours, "official", tmp_path / "weights.safetensors")
+    for file, complaint in (
+        ("weights.pth", "do not say of which step"),
+        ("weights.safetensors", "are those of step 12"),
+    ):
+        with pytest.raises(UserError, match=f"step 7 asked for, but the weights in .*{file} {complaint}"):
+            load_backbone(tmp_path / file, step=7)
+    assert load_backbone(tmp_path / "weights.safetensors", step=12).step == 12
+
+
+@pytest.mark.parametrize(
+    ("to", "registers", "interpolation", "theirs"),
+    [
+        ("hf", 0, "offset", "exact"), ("hf", 0, "exact", None), ("hf", 0, "antialias", "exact"),
+        ("hf", 4, "antialias", None), ("hf", 4, "exact", "antialias"),
+        ("timm", 0, "offset", "antialias"), ("timm", 4, "antialias", None), ("timm", 0, "exact", "antialias"),
+        ("official", 0, "exact", None),
+    ],
+)  # fmt: skip
+def test_an_export_says_where_the_other_side_stretches_positions_otherwise(
+    to: str,
+    registers: int,
+    interpolation: str,
+    theirs: str | None,
+    run: Callable[..., tuple[int, str]],
+    tmp_path: Path,
+) -> None:
+    export(loaded(tiny("mlp", registers), SIZE, interpolation=interpolation), "official", tmp_path / "ours.safetensors")
+    out = str(tmp_path / ("out.safetensors" if to == "official" else "out"))
+    code, printed = run("export", "--run", f"{tmp_path}/ours.safetensors", "--to", to, "--out", out)
+    assert code == 0, printed
+    assert ("note:" in printed) == (theirs is not None)
+    if theirs:
+        assert f"by the rule '{theirs}', this backbone by '{interpolation}'" in printed
+
+
 @pytest.mark.slow
 def test_the_package_is_a_command() -> None:
     command = [sys.executable, "-m", "dinov2_fsdp.weights", "export", "--run", "nowhere"]
@@ -102,6 +184,12 @@ def test_the_hub_refuses_weights_of_another_model(tmp_path: Path) -> None:
     export(loaded(ModelConfig(arch="vits", registers=4), 28), "official", tmp_path / "weights.pth")
     with pytest.raises(UserError, match=r"holds vits14, mlp, 4 registers.*not vits14 with 0 registers"):
         torch.hub.load(ROOT, "dinov2_vits14", source="local", weights=tmp_path / "weights.pth")
+
+
+def test_the_hub_answers_an_unknown_option_with_the_known_ones(tmp_path: Path) -> None:
+    for weights in (None, tmp_path / "weights.pth"):
+        with pytest.raises(UserError, match="pretrained: unknown here; valid: weights, image_size, seed"):
+            torch.hub.load(ROOT, "dinov2_vits14", source="local", pretrained=False, weights=weights)
 
 
 def test_the_hub_gives_a_new_model_without_weights() -> None:

@@ -161,6 +161,15 @@ def test_a_file_without_some_tensors_is_refused_with_their_names(tmp_path: Path)
     assert "missing (15): blocks.1.attn.proj.bias, blocks.1.attn.proj.weight" in message
 
 
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_an_official_file_that_lacks_its_mask_token_is_not_taken_for_timms(ffn: str, tmp_path: Path) -> None:
+    held = tensors(loaded(tiny(ffn, 4), SIZE))
+    del held["mask_token"]
+    message = refusal(save(held, tmp_path / "partial.pth"))
+    assert "missing (1): mask_token" in message
+    assert "unexpected" not in message
+
+
 def test_a_file_with_more_tensors_is_refused_with_their_names(tmp_path: Path) -> None:
     held = {**tensors(loaded(tiny("mlp", 0), SIZE)), "blocks.0.adapter.weight": torch.zeros(3)}
     assert "unexpected (1): blocks.0.adapter.weight" in refusal(save(held, tmp_path / "more.pth"))

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import time
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ from dinov2_fsdp.checkpoint.folder import (
 from dinov2_fsdp.checkpoint.staging import Staging
 from dinov2_fsdp.checkpoint.tensors import load_tensors, one_row
 from dinov2_fsdp.errors import RunFailed
+from dinov2_fsdp.parallel.pulse import is_loss_of_another
 from dinov2_fsdp.parallel.world import World, cpu_group
 
 logger = logging.getLogger(__name__)
@@ -86,6 +88,7 @@ class Checkpointer:
         self._staging = Staging(world.device)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future[SaveReport] | None = None
+        self._reports: deque[SaveReport] = deque()
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -99,6 +102,7 @@ class Checkpointer:
 
         Raises:
             SaveFailed: this save, if it is not asynchronous, or the one before failed; on all ranks.
+            RuntimeError: another rank was lost meanwhile.
         """
         start = time.perf_counter()
         self.finish()
@@ -117,11 +121,10 @@ class Checkpointer:
         return self._saving is not None and self._saving.done() and self._saving.exception() is not None
 
     def report(self) -> SaveReport | None:
-        """Return what the save cost that has ended since the last call, if one has. Not collective."""
-        if self._saving is None or not self._saving.done() or self.failed():
-            return None
-        report, self._saving = self._saving.result(), None
-        return report
+        """Return what a save cost that has ended, the oldest not yet returned, if there is one. Not collective."""
+        if self._saving is not None and self._saving.done() and not self.failed():
+            self.finish()
+        return self._reports.popleft() if self._reports else None
 
     def finish(self) -> None:
         """Wait until the save under way is complete.
@@ -131,7 +134,7 @@ class Checkpointer:
         """
         saving, self._saving = self._saving, None
         if saving is not None:
-            saving.result()
+            self._reports.append(saving.result())
 
     def close(self) -> None:
         """Let go of the thread, without waiting for a save that other ranks may have left."""
@@ -146,7 +149,9 @@ class Checkpointer:
             self._together(step, lambda: self._prepare(aside) if self.world.rank == 0 else None)
             writer = dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True)
             dcp.save(tensors, storage_writer=writer, process_group=self._group)
-            names = sorted(path.name for path in aside.iterdir())[self.world.rank :: self.world.size]
+            # On a network file system a rank may not see for a while what others wrote; by its name it can be opened.
+            seen = self._together(step, lambda: [path.name for path in aside.iterdir()])
+            names = sorted(set().union(*seen))[self.world.rank :: self.world.size]
             digests = self._together(step, lambda: {name: digest(aside / name) for name in names})
             files = {name: found for part in digests for name, found in part.items()}
             self._together(step, partial(self._complete, aside, final, step, state, files))
@@ -154,8 +159,8 @@ class Checkpointer:
             rank, (cause, _) = sorted(error.failures.items())[0]
             raise SaveFailed(_cannot_write(rank, step, cause)) from error
         except (OSError, RuntimeError) as error:
-            if isinstance(error, RunFailed):
-                raise
+            if isinstance(error, RunFailed) or is_loss_of_another(error):
+                raise  # another rank is the one to name
             raise SaveFailed(_cannot_write(self.world.rank, step, error)) from error
         gib = sum(size for size, _ in files.values()) / 2**30
         return SaveReport(step, stall, time.perf_counter() - start, gib)
@@ -212,8 +217,11 @@ class Checkpointer:
     def sweep(self) -> None:
         """Delete what earlier lives left half written; what only lacked its final name gets it."""
         if self.world.rank == 0:
-            for path in sorted((self.run_dir / "checkpoints").glob("*.partial")):
-                whole = SavedCheckpoint(path, int(path.name.split(".")[0].removeprefix("step_")))
+            for path in sorted((self.run_dir / "checkpoints").glob("step_*.partial")):
+                step = path.name.split(".")[0].removeprefix("step_")
+                if not step.isdecimal():
+                    continue  # not written here
+                whole = SavedCheckpoint(path, int(step))
                 final = checkpoint_folder(self.run_dir, whole.step)
                 if not final.exists() and (path / MANIFEST_FILE).is_file() and not damage(whole):
                     path.rename(final)

@@ -134,7 +134,9 @@ def damage(checkpoint: SavedCheckpoint, part: int = 0, parts: int = 1) -> list[s
         files = read_manifest(checkpoint)
     except ValueError as error:
         return [str(error)]
-    problems = []
+    # Tensors of a file that nobody listed would take the place of those that were saved.
+    foreign = sorted(path.name for path in checkpoint.path.glob("*.safetensors") if path.name not in files)
+    problems = [f"{name} is no part of it" for name in foreign]
     for name, (size, sha) in sorted(files.items())[part::parts]:
         try:
             # The size alone tells most damage, without reading a terabyte.

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from dinov2_fsdp.errors import UserError
+from dinov2_fsdp.errors import RunFailed, UserError
 from dinov2_fsdp.optim.groups import clean_name
 
 
@@ -24,6 +25,7 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], whole: str) -> None:
 
     Raises:
         UserError: a tensor is missing there, has another shape, or is there and not asked for.
+        RunFailed: the files could not be read.
     """
     reader = dcp.HuggingFaceStorageReader(str(path))
     saved = reader.read_metadata().state_dict_metadata
@@ -41,7 +43,12 @@ def load_tensors(path: Path, tensors: dict[str, Tensor], whole: str) -> None:
         raise UserError("\n".join([f"checkpoint {path} does not fit this model", *listed]))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # reading alone is meant
-        dcp.load(target, storage_reader=reader, no_dist=not dist.is_initialized())
+        try:
+            dcp.load(target, storage_reader=reader, no_dist=not dist.is_initialized())
+        except CheckpointException as error:  # derives from BaseException, so nobody else would catch it
+            rank, (cause, _) = sorted(error.failures.items())[0]
+            reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+            raise RunFailed(f"rank {rank} could not read the checkpoint {path}: {reason}") from error
     for name, tensor in target.items():
         if tensor.shape != tensors[name].shape:
             tensors[name].copy_(tensor[0])

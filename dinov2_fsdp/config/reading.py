@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import field
@@ -23,6 +24,7 @@ from dinov2_fsdp.config.schema import defaults, description, names, section_of
 from dinov2_fsdp.config.validation import validate
 from dinov2_fsdp.errors import UserError, nearest
 
+_PATHS = ("output_dir", "data.cache", "init.backbone")
 _TYPES: dict[str, type] = {"int": int, "float": float, "str": str, "bool": bool}
 
 
@@ -69,7 +71,9 @@ def to_yaml(config: Config) -> str:
 def _build(values: dict[str, Any]) -> Config:
     schema = copy.deepcopy(_typed_defaults())
     for key, value in resolve(values).items():
-        _set(schema, key, value)
+        # A shell leaves the ~ of output_dir=~/run alone; taken literally it would be a folder of that name.
+        home = key in _PATHS and isinstance(value, str)
+        _set(schema, key, os.path.expanduser(value) if home else value)
     config: Config = _instantiate(Config, OmegaConf.to_container(schema))  # type: ignore[arg-type]
     validate(config)
     return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dinov2_fsdp.errors import RunFailed
+from dinov2_fsdp.errors import RunFailed, UserError
 from dinov2_fsdp.parallel.place import Place, check_devices
 
 SLOWER = 2.0
@@ -78,16 +79,14 @@ def preflight(device: str, place: Place, port: int, node: str, nodes: Sequence[s
         seconds: in which all ranks must have met, and in which no later exchange may hang.
 
     Raises:
-        BadNodes: ranks are missing or their sum is wrong.
+        BadNodes: ranks are missing, some nodes cannot compute, or the sum is wrong.
+        UserError: no node has the devices that ``device`` asks for.
     """
     started = time.monotonic()
     store = _meet(place, port, node, nodes, seconds)
     met = time.monotonic() - started
-    kind = check_devices(device, place.local_world_size, torch.cuda.device_count())
-    where = torch.device("cuda", place.local_rank) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
-        torch.cuda.set_device(where)
-    compute = _time(_product(where), where)
+    where, compute = _first_computation(device, place, store, nodes, seconds)
+    kind = where.type
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",
         store=dist.PrefixStore("preflight", store),
@@ -115,7 +114,7 @@ def _meet(place: Place, port: int, node: str, nodes: Sequence[str], seconds: flo
         store = dist.TCPStore(place.address, port, is_master=place.rank == 0, timeout=limit, wait_for_workers=False)
         store.set(f"here/{place.rank}", node)
         if place.rank == 0:
-            store.set("verdict", _wait_for_all(store, place, nodes, seconds))
+            store.set("verdict", _wait_for_all(store, place, "here", seconds))
         # Rank 0's patience counts from its own start.
         store.wait(["verdict"], timedelta(seconds=2 * seconds))
         missing = store.get("verdict").decode()
@@ -123,21 +122,81 @@ def _meet(place: Place, port: int, node: str, nodes: Sequence[str], seconds: flo
         reason = str(error).splitlines()[0]
         raise BadNodes(f"node {node} cannot reach rank 0 at {place.address}:{port}: {reason}", [node]) from None
     if missing:
-        ranks = [int(rank) for rank in missing.split(",")]
-        lost = list(dict.fromkeys(nodes[rank // place.local_world_size] for rank in ranks))
-        shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
-        raise BadNodes(f"rank(s) {shown} on {', '.join(lost)} did not answer within {seconds:g} s", lost)
+        raise _silent([int(rank) for rank in missing.split(",")], place, nodes, seconds)
     return store
 
 
-def _wait_for_all(store: dist.Store, place: Place, nodes: Sequence[str], seconds: float) -> str:
-    """Return the missing ranks as text, after all have come or the time is over."""
+def _silent(ranks: Sequence[int], place: Place, nodes: Sequence[str], seconds: float) -> BadNodes:
+    lost = list(dict.fromkeys(nodes[rank // place.local_world_size] for rank in ranks))
+    shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
+    return BadNodes(f"rank(s) {shown} on {', '.join(lost)} did not answer within {seconds:g} s", lost)
+
+
+def _wait_for_all(store: dist.Store, place: Place, topic: str, seconds: float) -> str:
+    """Return the ranks that have said nothing about ``topic`` as text, after all have or the time is over."""
     deadline = time.monotonic() + seconds
     missing = list(range(place.world_size))
     while missing and time.monotonic() < deadline:
-        missing = [rank for rank in missing if not store.check([f"here/{rank}"])]
+        missing = [rank for rank in missing if not store.check([f"{topic}/{rank}"])]
         time.sleep(0.05 if missing else 0)
     return ",".join(map(str, missing))
+
+
+def _first_computation(
+    device: str, place: Place, store: dist.Store, nodes: Sequence[str], seconds: float
+) -> tuple[torch.device, float]:
+    """Return this rank's device and the seconds of a matrix product on it, once every rank has come so far.
+
+    A GPU that is gone shows only here. Were its rank to end by itself, the others would wait for it, and nobody would
+    know whether its node is broken or all of them lack what was asked for.
+    """
+    where, compute, trouble, mistake = torch.device("cpu"), 0.0, "", False
+    try:
+        if check_devices(device, place.local_world_size, torch.cuda.device_count()) == "cuda":
+            where = torch.device("cuda", place.local_rank)
+            torch.cuda.set_device(where)
+        compute = _time(_product(where), where)
+    except UserError as error:
+        trouble, mistake = str(error), True
+    except RuntimeError as error:
+        trouble = str(error).partition("\n")[0]
+    try:
+        store.set(f"computes/{place.rank}", json.dumps([where.type, trouble]))
+        if place.rank == 0:
+            missing = _wait_for_all(store, place, "computes", seconds)
+            ranks = [] if missing else range(place.world_size)
+            said = [json.loads(store.get(f"computes/{rank}")) for rank in ranks]
+            store.set("computed", json.dumps([missing, said]))
+        store.wait(["computed"], timedelta(seconds=2 * seconds))
+        missing, said = json.loads(store.get("computed"))
+    except (dist.DistStoreError, dist.DistNetworkError):
+        raise _silent([0], place, nodes, seconds) from None
+    if missing:
+        raise _silent([int(rank) for rank in missing.split(",")], place, nodes, seconds)
+    bad = broken_nodes(said, nodes)
+    if mistake and len(bad) == len(nodes):
+        raise UserError(trouble)
+    if bad:
+        # Where all are broken, none of them is to be left out.
+        to_leave_out = list(bad) if len(bad) < len(nodes) else []
+        raise BadNodes("; ".join(f"{node}: {why}" for node, why in bad.items()), to_leave_out)
+    return where, compute
+
+
+def broken_nodes(said: Sequence[tuple[str, str]], nodes: Sequence[str]) -> dict[str, str]:
+    """Return why, by node, for those that cannot compute as the others do.
+
+    Args:
+        said: (kind of device, trouble or nothing) of every rank.
+        nodes: of all ranks in order, as many ranks on each.
+    """
+    on_gpus = any(kind == "cuda" for kind, _ in said)
+    found: dict[str, str] = {}
+    for rank, (kind, trouble) in enumerate(said):
+        if trouble or (on_gpus and kind == "cpu"):
+            node = nodes[rank * len(nodes) // len(said)]
+            found.setdefault(node, trouble or "it shows no GPU, but other nodes do")
+    return found
 
 
 def _product(device: torch.device) -> Callable[[], object]:

@@ -65,6 +65,7 @@ class Pulse(AbstractContextManager["Pulse"]):
         self._store = dist.PrefixStore(f"pulse/{key}", world.store) if world.store is not None else None
         self._phase, self._step, self._count = "start", 0, 0
         self._moved = time.monotonic()
+        self._heard: str | None = None
         self._over = threading.Event()
         self._threads = [
             threading.Thread(target=work, name=f"pulse-{work.__name__}", daemon=True)
@@ -102,7 +103,7 @@ class Pulse(AbstractContextManager["Pulse"]):
         # With the rank in front: when all ranks raise the same error, one of them says so.
         signed = f"{self.world.rank}\n{text}"
         answer = self._ask(lambda store: store.compare_set("cause", "", signed))
-        return answer is None or answer.decode() == signed
+        return self._heard is None if answer is None else answer.decode() == signed
 
     def explain_loss(self, patience: float = SILENCE + 5) -> tuple[str, bool]:
         """Return which rank this one has lost, and whether it falls to this rank to say so.
@@ -113,10 +114,8 @@ class Pulse(AbstractContextManager["Pulse"]):
         deadline = time.monotonic() + patience
         text = "the connection to another rank was lost, though every process still answers"
         while time.monotonic() < deadline:
-            if self._store is not None and self._ask(lambda store: store.check(["cause"])):
-                cause = self._ask(lambda store: store.get("cause"))
-                if cause is not None:
-                    return cause.decode().partition("\n")[2], False
+            if (cause := self._cause()) is not None:
+                return cause, False
             said = self._said()
             if said is None:
                 text = "rank 0 died or cannot be reached any more"
@@ -129,11 +128,19 @@ class Pulse(AbstractContextManager["Pulse"]):
             time.sleep(self.interval)
         return text, self.claim(text)
 
+    def _cause(self) -> str | None:
+        """Return what another rank said of why the run is over, or None. Rank 0 may be gone once it was heard."""
+        if self._heard is None and self._store is not None and self._ask(lambda store: store.check(["cause"])):
+            said = self._ask(lambda store: store.get("cause"))
+            if said is not None:
+                self._heard = said.decode().partition("\n")[2]
+        return self._heard
+
     # -- the threads --------------------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
         beat = 0
-        while self._store is not None:
+        while self._store is not None and self._heard is None:
             said = {"beat": beat, "phase": self._phase, "step": self._step, "count": self._count, "host": _HOST}
             try:
                 self._store.set(str(self.world.rank), json.dumps(said))
@@ -172,9 +179,8 @@ class Pulse(AbstractContextManager["Pulse"]):
 
     def _end_quietly(self) -> None:
         """End this process, because another one has said why the run is over, unless it is ending by itself."""
+        text = self._cause() or "another rank failed"
         if not self._over.wait(GRACE):
-            cause = self._ask(lambda store: store.get("cause")) or b"?\nanother rank failed"
-            text = cause.decode().partition("\n")[2]
             logger.error("this rank ends because of another: %s", text, extra=FILE_ONLY)
             self.end(EXIT_FAILED)
 

@@ -13,7 +13,7 @@ from dinov2_fsdp.errors import UserError, run_cli
 from dinov2_fsdp.models.vision_transformer import INTERPOLATIONS
 from dinov2_fsdp.weights.backbone import build, load_backbone
 from dinov2_fsdp.weights.reading import read_weights
-from dinov2_fsdp.weights.writing import DESTINATIONS, export
+from dinov2_fsdp.weights.writing import DESTINATIONS, export, stretched_there
 
 
 def main() -> None:
@@ -72,10 +72,11 @@ def _export(arguments: argparse.Namespace) -> None:
     # A run's or a checkpoint's source is RUN/checkpoints/step_….
     out = Path(arguments.out) if arguments.out else Path(loaded.source).parents[1] / "exports" / (name + suffix)
     print(f"wrote {export(loaded, arguments.to, out)}")
-    if arguments.to != "official" and loaded.model.interpolation == "offset":
+    theirs = stretched_there(arguments.to, loaded.architecture.registers)
+    if theirs not in (None, loaded.model.interpolation):
         print(
-            f"note: its positions stand for {loaded.image_size} pixels; at other sizes {arguments.to} stretches them "
-            "in another way than the published models, see docs/fidelity.md"
+            f"note: its positions stand for {loaded.image_size} pixels; for other sizes {arguments.to} stretches them "
+            f"by the rule '{theirs}', this backbone by '{loaded.model.interpolation}', see docs/fidelity.md"
         )
 
 

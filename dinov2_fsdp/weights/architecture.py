@@ -30,7 +30,8 @@ def infer(tensors: Mapping[str, Tensor], source: str, heads: int | None = None) 
         heads: attention heads; by default one for every 64 channels, as in all published models.
 
     Raises:
-        UserError: what tells the architecture is missing, or ``dim`` is no multiple of 64 and ``heads`` not given.
+        UserError: what tells the architecture is missing, ``dim`` is no multiple of 64 and ``heads`` not given, or no
+            multiple of ``heads``.
     """
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight")
     if missing := [name for name in needed if name not in tensors]:
@@ -48,12 +49,19 @@ def infer(tensors: Mapping[str, Tensor], source: str, heads: int | None = None) 
                 f"{HEAD_DIM}\ngive them once: python -m dinov2_fsdp.weights import --from {source} --heads N --out FILE"
             )
         heads = dim // HEAD_DIM
+    check_heads(dim, heads, source)
     depth = 1 + max(int(match[1]) for name in tensors if (match := _BLOCK.match(name)))
     registers = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
     ffn, mlp_ratio = _feed_forward(tensors, dim)
     layer_scale = ModelConfig.layer_scale if "blocks.0.ls1.gamma" in tensors else 0.0
     grid = isqrt(tensors["pos_embed"].shape[1] - 1)
     return named_model(dim, depth, heads, patch, registers, ffn, mlp_ratio, layer_scale), grid * patch
+
+
+def check_heads(dim: int, heads: int, source: str) -> None:
+    """Raise UserError unless the width is a multiple of the number of attention heads."""
+    if heads < 1 or dim % heads:
+        raise UserError(f"{source}: {heads} attention heads are impossible; valid: a divisor of its width, {dim}")
 
 
 def named_model(

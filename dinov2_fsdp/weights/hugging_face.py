@@ -17,7 +17,7 @@ from torch import Tensor
 from dinov2_fsdp.config import ModelConfig, width_depth_heads
 from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.models.block import LAYER_NORM_EPS
-from dinov2_fsdp.weights.architecture import ffn_of, named_model
+from dinov2_fsdp.weights.architecture import check_heads, ffn_of, named_model
 
 MODELS = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
 """``model_type`` in ``config.json`` and the class that loads it."""
@@ -183,10 +183,12 @@ def read_config(config: Mapping[str, Any], source: str) -> tuple[ModelConfig, in
     sizes = {key: config[key] for key in ("patch_size", "image_size") if not isinstance(config.get(key, 0), int)}
     if wrong := {**wrong, **sizes}:
         raise UserError(f"{source} describes a model that is not a DINOv2 backbone as published: {wrong}")
+    dim, heads = config.get("hidden_size", 768), config.get("num_attention_heads", 12)
+    check_heads(dim, heads, source)
     model = named_model(
-        config.get("hidden_size", 768),
+        dim,
         config.get("num_hidden_layers", 12),
-        config.get("num_attention_heads", 12),
+        heads,
         patch,
         registers,
         "swiglu" if config.get("use_swiglu_ffn", False) else "mlp",

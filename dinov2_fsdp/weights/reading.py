@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dinov2_fsdp.checkpoint import STATE_FILE, SavedCheckpoint, damage, find_checkpoint, load_tensors
-from dinov2_fsdp.config import Config, ModelConfig, load
+from dinov2_fsdp.config import Config, ModelConfig, load, width_depth_heads
 from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.models.vision_transformer import INTERPOLATIONS
 from dinov2_fsdp.weights import hugging_face, official, timm
@@ -59,9 +59,20 @@ def read_weights(
         heads: attention heads, for files that do not say and have another number than one for 64 channels.
 
     Raises:
-        UserError: there is no backbone, or not a whole one; missing and unexpected tensors are listed.
+        UserError: there is no backbone, or not a whole one; missing and unexpected tensors are listed. Or it says that
+            it is of another step, or has another number of heads, than asked for.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
+    weights = _read(path, step, which, heads)
+    if step is not None and weights.step != step:
+        found = "do not say of which step they are" if weights.step is None else f"are those of step {weights.step}"
+        raise UserError(f"step {step} asked for, but the weights in {path} {found}; leave the step out")
+    if heads is not None and (held := width_depth_heads(weights.model)[2]) != heads:
+        raise UserError(f"{heads} heads asked for, but {path} says that it has {held}; leave the heads out")
+    return weights
+
+
+def _read(path: Path, step: int | None, which: str, heads: int | None) -> Weights:
     if path.is_file():
         return _read_file(path, which, heads)
     if (path / STATE_FILE).is_file():
@@ -176,13 +187,13 @@ def _load(path: Path) -> tuple[Any, dict[str, str]]:
         try:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is not a readable safetensors file: {error}") from None
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)), {}
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0][:160]
         raise UserError(f"{path} holds more than tensors, which could run code, and is not loaded: {reason}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).split("\n")[0][:160] or type(error).__name__
         raise UserError(f"{path} is not a readable file of weights: {reason}") from None

@@ -23,10 +23,15 @@ _CLASSIFIER = ("head.", "fc_norm.")
 
 
 def is_timm(names: Mapping[str, Any]) -> bool:
-    """Return whether names are timm's: a ``reg_token``, or a class token but no mask token and no SwiGLU of ours."""
+    """Return whether names are timm's: a ``reg_token``, or a class token and neither mask token nor names of ours."""
     if "reg_token" in names:
         return True
-    return "cls_token" in names and "mask_token" not in names and not any(".mlp.w12." in name for name in names)
+    ours = ("mask_token", "register_tokens")
+    return (
+        "cls_token" in names
+        and not any(name in names for name in ours)
+        and not any(".mlp.w12." in name for name in names)
+    )
 
 
 def without_classifier(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -31,10 +32,20 @@ def export(loaded: LoadedBackbone, to: str, out: Path) -> Path:
         out: a ``.safetensors`` or ``.pth`` file for ``official``, a folder for ``hf``, either for ``timm``.
 
     Raises:
-        UserError: the destination is unknown, the kind of path does not suit it, or it has no such model.
+        UserError: the destination is unknown, the kind of path does not suit it, it has no such model, or nothing can
+            be written there.
     """
     if to not in DESTINATIONS:
         raise UserError(f"--to {to} is unknown{nearest(to, DESTINATIONS)}\nvalid: {', '.join(DESTINATIONS)}")
+    try:
+        _export(loaded, to, out)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--out {out} cannot be written: {reason}") from None
+    return out
+
+
+def _export(loaded: LoadedBackbone, to: str, out: Path) -> None:
     is_file = out.suffix in (".safetensors", ".pth")
     if to == "official":
         if not is_file:
@@ -52,7 +63,16 @@ def export(loaded: LoadedBackbone, to: str, out: Path) -> Path:
         if not is_file:
             _write_json(out / "config.json", timm.config_json(loaded.architecture, loaded.image_size))
         _write_tensors(out if is_file else out / "model.safetensors", tensors, {"format": "pt"})
-    return out
+
+
+def stretched_there(to: str, registers: int) -> str | None:
+    """Return by which of :data:`INTERPOLATIONS` a destination's library stretches positions; None where files say it.
+
+    Of transformers 5 and timm 1.0 (docs/fidelity.md); ``tests/test_parity_*`` hold the numbers.
+    """
+    if to == "hf":
+        return "antialias" if registers else "exact"
+    return "antialias" if to == "timm" else None
 
 
 def export_backbone(loaded: LoadedBackbone, file: Path) -> None:
@@ -85,12 +105,19 @@ def _write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    if file.suffix == ".pth":
-        # A view would take the tensor that it is part of along.
-        torch.save({name: tensor.clone() for name, tensor in whole.items()}, partial)
-    else:
-        save_file(whole, partial, metadata=metadata)
-    os.replace(partial, file)
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode
+        if file.suffix == ".pth":
+            # A view would take the tensor that it is part of along.
+            torch.save({name: tensor.clone() for name, tensor in whole.items()}, partial)
+        else:
+            save_file(whole, partial, metadata=metadata)
+        # safetensors lets nobody but the writer read its files; weights are for whom the user's umask lets read.
+        partial.chmod(mode)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

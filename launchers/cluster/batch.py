@@ -19,11 +19,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from dinov2_fsdp.errors import EXIT_FAILED, EXIT_USER_ERROR, UserError
 from dinov2_fsdp.parallel.place import LIFE
 from launchers.cluster.allocation import Allocation, allocation_from_environment, node_name
-from launchers.cluster.controller import PATIENCE, silent_nodes, state_of
+from launchers.cluster.controller import PATIENCE, seconds_left, silent_nodes, state_of
 from launchers.cluster.lives import (
     FAILED,
     FINISHED,
@@ -38,10 +39,11 @@ from launchers.cluster.lives import (
     told,
 )
 from launchers.cluster.progress import last_step, saved_steps
-from launchers.cluster.submission import Member, Submission
+from launchers.cluster.submission import Member, Submission, record_job
 
 CONTROLLER_RETRIES = 15
 """Times that a controller which does not answer is asked again, some 20 s apart, before a run is given up."""
+Answer = TypeVar("Answer")
 _PORTS = range(20000, 32000)
 """Below those that Linux hands out by itself."""
 
@@ -71,7 +73,9 @@ def begin(folder: Path, submission: Submission, member: Member, allocation: Allo
             return EXIT_FAILED
     _bring_pickle(folder, allocation)
     ports = free_ports(allocation.number, len(lives.all()))
-    life = lives.begin(allocation.job, str(folder), allocation.restarts, allocation.nodes, ports)
+    left = seconds_left(allocation.number)
+    limit = None if left is None else time.time() + left
+    life = lives.begin(allocation.job, str(folder), allocation.restarts, allocation.nodes, ports, limit)
     _say(_headline(life, member))
     _print_settings(allocation, ports, {LIFE: str(life.number)})
     return 0
@@ -157,7 +161,7 @@ def end(folder: Path, submission: Submission, member: Member, allocation: Alloca
     if life.cause is not None and life.cause.kind == "exit":
         life.cause = _last_word(folder, allocation, life) or life.cause
     state = _patiently(lambda: state_of(allocation.number))
-    if life.cause is None and life.outcome != FINISHED and (silent := silent_nodes(life.nodes)):
+    if life.cause is None and life.outcome != FINISHED and (silent := _patiently(lambda: silent_nodes(life.nodes))):
         life.cause = Cause("node", f"{', '.join(silent)} does not respond", node=silent[0])
     life.step, life.ended = last_step(run_dir), time.time()
     decision = decide([*_of(lives, folder)[:-1], life], submission.max_requeues, submission.max_restarts)
@@ -172,11 +176,11 @@ def end(folder: Path, submission: Submission, member: Member, allocation: Alloca
     lives.end(life)
     if life.next == "requeued":
         bad = life.cause.nodes if life.cause and submission.preflight == "exclude" else ()
-        return 0 if _start_again(folder, allocation, bad) else EXIT_FAILED
+        return 0 if _start_again(folder, allocation, run_dir, bad) else EXIT_FAILED
     return {FINISHED: 0, INTERRUPTED: 0, MISTAKE: EXIT_USER_ERROR}.get(life.outcome or FAILED, EXIT_FAILED)
 
 
-def _patiently(question: Callable[[], str]) -> str:
+def _patiently(question: Callable[[], Answer]) -> Answer:
     """Return SLURM's answer, waiting for a controller that is away for some minutes: a run hangs on it."""
     for _ in range(CONTROLLER_RETRIES):
         try:
@@ -219,6 +223,8 @@ def _report(life: Life, folder: Path, allocation: Allocation, run_dir: Path, dec
             rank = life.cause.rank
             output = folder / f"{allocation.job}_{rank}_log.err"
             _say(f"failed first: rank {rank}; see {run_dir / 'logs' / f'rank_{rank}.log'} and {output}")
+    for node, why in Lives(run_dir).slow_nodes(life.number).items():
+        _say(f"the pre-flight found {node} slow: {why}")
     if life.outcome != FINISHED:
         _say(
             {"requeued": "the job is requeued: ", "nothing": "the run stops: "}.get(life.next or "", "")
@@ -228,9 +234,9 @@ def _report(life: Life, folder: Path, allocation: Allocation, run_dir: Path, dec
         _say(f"SLURM has the job as {state}: it starts it again, unless it was cancelled")
 
 
-def _start_again(folder: Path, allocation: Allocation, bad_nodes: tuple[str, ...]) -> bool:
+def _start_again(folder: Path, allocation: Allocation, run_dir: Path, bad_nodes: tuple[str, ...]) -> bool:
     """Requeue this job, without ``bad_nodes``; where the cluster does not allow it, submit the same script anew."""
-    job, script = allocation.number, folder / f"{allocation.job.partition('_')[0]}_submission.sh"
+    job = allocation.number
     # Before the requeue, which changes what `scontrol show` says.
     excluded = ",".join(dict.fromkeys([*_excluded(job), *bad_nodes]))
     if _scontrol("requeue", job):
@@ -240,8 +246,11 @@ def _start_again(folder: Path, allocation: Allocation, bad_nodes: tuple[str, ...
     command = ["sbatch", *([f"--exclude={excluded}"] if bad_nodes else [])]
     if "_" in allocation.job:
         command.append(f"--array={allocation.member}")
-    result = _run(*command, str(script))
+    # One script, under the number of the job that was submitted first: this one may be a later one.
+    result = _run(*command, *(str(script) for script in sorted(folder.glob("*_submission.sh"))[:1]))
     _say(" ".join((result.stdout + result.stderr).split()))
+    if submitted := re.search(r"Submitted batch job (\d+)", result.stdout):
+        record_job(run_dir, submitted[1] + allocation.job[len(allocation.job.partition("_")[0]) :])
     return result.returncode == 0
 
 

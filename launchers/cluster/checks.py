@@ -116,21 +116,6 @@ def file_system(path: Path, mounts: Path = Path("/proc/mounts")) -> str | None:
     return kind
 
 
-def check_writable(path: Path) -> None:
-    """Refuse a directory that cannot be made or written.
-
-    Raises:
-        UserError: it cannot, and why.
-    """
-    probe = path / ".writable"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"output_dir={path} cannot be written: {error.strerror}") from None
-
-
 def images_of(config: Config) -> int | None:
     """Return how many images the data set holds, where this costs nothing: a large folder takes minutes to list."""
     from dinov2_fsdp.data.sources import open_source

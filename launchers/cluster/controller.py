@@ -34,12 +34,30 @@ class NodeKind:
     gpus: int
 
 
-def reachable() -> bool:
-    """Return whether there is a SLURM here that answers."""
+_NO_CLUSTER = re.compile(r"resolve_ctls_from_dns_srv|could not establish a configuration source", re.IGNORECASE)
+"""What the commands say that are installed on a machine of no cluster."""
+
+
+def there_is_a_cluster() -> bool:
+    """Return whether this machine belongs to a SLURM cluster.
+
+    Raises:
+        UserError: it does, but nobody answers.
+    """
     if shutil.which("sbatch") is None:
         return False
     try:
         return ask("sinfo", "--noheader").returncode == 0
+    except UserError as error:
+        if _NO_CLUSTER.search(str(error)):
+            return False
+        raise
+
+
+def reachable() -> bool:
+    """Return whether there is a SLURM here that answers."""
+    try:
+        return there_is_a_cluster()
     except UserError:
         return False
 
@@ -121,6 +139,16 @@ def states(jobs: Sequence[str]) -> dict[str, tuple[str, str]]:
         job, state, reason = line.strip().split("|", 2)
         found[job] = (state, reason)
     return {job: found[job] for job in jobs if job in found}
+
+
+def seconds_left(job: str) -> float | None:
+    """Return the seconds that a running job has left, or None: no time limit, or SLURM does not say."""
+    from launchers.cluster.options import parse_seconds
+
+    try:
+        return parse_seconds(ask("squeue", "--noheader", "-o", "%L", "-j", job).stdout)
+    except UserError:
+        return None
 
 
 def state_of(job: str) -> str:

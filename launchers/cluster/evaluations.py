@@ -27,6 +27,10 @@ _PATIENCE = 3
 """Answers in a row without a job after which it counts as gone."""
 
 
+OF_TRAINING = ("nodes", "gpus_per_node", "tasks_per_node", "mem")
+"""Keys of a site's file that say how large the nodes are that a run takes as a whole; an evaluation takes one GPU."""
+
+
 @dataclass(frozen=True)
 class Work:
     """One task on one checkpoint: its command, after the interpreter, from the repository's root."""

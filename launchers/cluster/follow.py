@@ -11,6 +11,7 @@ from dinov2_fsdp.errors import UserError
 from launchers.cluster.controller import ACTIVE, states
 from launchers.cluster.lives import FINISHED, Life, Lives
 from launchers.cluster.progress import last_lines
+from launchers.cluster.submission import recorded_jobs
 
 SECONDS = 5.0
 _FORGOTTEN = 3
@@ -27,6 +28,8 @@ class Followed:
     state: str = ""
     step: int = -1
     missing: int = 0
+    life: int = 0
+    """Whose slow nodes have been shown."""
     over: bool = False
     finished: bool = False
 
@@ -68,12 +71,23 @@ def look(one: Followed, known: tuple[str, str] | None, show: Callable[[str], Non
     if known and shown != one.state:
         show(prefix + shown)
         one.state = shown
+    slow = Lives(one.run_dir).slow_nodes(life.number) if life and life.number != one.life else {}
+    if life and slow:
+        for node, why in slow.items():
+            show(f"{prefix}the pre-flight found {node} slow: {why}")
+        one.life = life.number
     lines = [line for line in last_lines(one.run_dir) if "img_per_s" in line][-1:]
     if lines and lines[0]["step"] != one.step:
         one.step = lines[0]["step"]
         total = total_steps(one.run_dir)
         show(prefix + (report_line(one.step, total, lines[0]) if total else f"step {one.step}"))
     if (known and state not in ACTIVE) or one.missing >= _FORGOTTEN:
+        newest = recorded_jobs(one.run_dir)[-1:]
+        if newest and newest[0] != one.job:
+            # Where the cluster does not let a job requeue itself, it submits another one.
+            show(f"{prefix}job {one.job} is over and goes on as job {newest[0]}")
+            one.job, one.missing = newest[0], 0
+            return
         one.over = True
         life = newest_life(one.run_dir)
         one.finished = life is not None and life.outcome == FINISHED

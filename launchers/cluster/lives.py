@@ -47,11 +47,14 @@ class Cause:
     def same_as(self, other: Cause) -> bool:
         """Return whether two lives that reached the same step failed the same way.
 
-        A node that is lost says nothing about the run, wherever it happens. A signal may hit any rank by chance.
+        A node that is lost says nothing about the run, wherever it happens. A signal may hit any rank by chance, and
+        a node that the pre-flight leaves out may be followed by another one.
         """
         if self.kind != other.kind or self.kind in ("node", "lost"):
             return False
         if self.kind == "signal" and self.rank != other.rank:
+            return False
+        if self.kind == "preflight" and set(self.nodes) != set(other.nodes):
             return False
         return _without_numbers(self.what) == _without_numbers(other.what)
 
@@ -85,6 +88,8 @@ class Life:
     step: int = 0
     ended: float | None = None
     next: str | None = None
+    limit: float | None = None
+    """When SLURM will end it at the latest, if there is a time limit."""
 
 
 class Lives:
@@ -93,14 +98,22 @@ class Lives:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir, self.folder = run_dir, run_dir / FOLDER
 
-    def begin(self, job: str, submission: str, restarts: int, nodes: Sequence[str], ports: list[int]) -> Life:
+    def begin(
+        self,
+        job: str,
+        submission: str,
+        restarts: int,
+        nodes: Sequence[str],
+        ports: list[int],
+        limit: float | None = None,
+    ) -> Life:
         """Take the next number and return the new life."""
         self.folder.mkdir(parents=True, exist_ok=True)
         # The run may have lived outside of jobs meanwhile.
         number = max(self.latest(), (_read(self.run_dir / LIFE_FILE) or {}).get("life", 0))
         while True:
             number += 1
-            life = Life(number, job, submission, restarts, list(nodes), time.time(), ports)
+            life = Life(number, job, submission, restarts, list(nodes), time.time(), ports, limit=limit)
             with contextlib.suppress(FileExistsError):
                 file = os.open(self._file(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
                 with os.fdopen(file, "w") as stream:
@@ -144,6 +157,10 @@ class Lives:
     def said(self, number: int, topic: str) -> dict[str, Any]:
         """Return what was said about a life, or an empty dictionary."""
         return _read(self._file(number, topic)) or {}
+
+    def slow_nodes(self, number: int) -> dict[str, str]:
+        """Return why, by node, for those that the pre-flight of a life found slow."""
+        return dict(self.said(number, "preflight").get("slow", {}))
 
     def _numbers(self) -> list[int]:
         files = self.folder.glob("*.json") if self.folder.is_dir() else ()

@@ -9,9 +9,10 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dinov2_fsdp.errors import UserError, nearest
 
@@ -36,6 +37,8 @@ OWN_KEYS = {
     "signal": "--signal-seconds",
 }
 """Options of sbatch that jobs could not do without, and what decides about them here."""
+OPTIONS_HERE = ("account", "comment", "constraint", "exclude", "mem", "partition", "qos", "time")
+"""Options of sbatch that are options here too: given the other way, they would escape the checks."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,15 @@ _REPEATED = {
 _CHOICES = {"preflight": ("warn", "exclude", "off")}
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one message, without the long list of all options, what is wrong with a command line."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.fullmatch(r"unrecognized arguments: (--[^\s=]+).*", message)
+        guess = nearest(unknown[1], self._option_string_actions) if unknown else ""
+        raise UserError(f"{message}{guess}\n--help lists all options")
+
+
 def add_job_arguments(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()) -> None:
     """Add the options of a job, all without default, so that a site's file can tell what was not given."""
     group = parser.add_argument_group("job")
@@ -133,17 +145,20 @@ def _metavar(name: str, kind: type) -> str | None:
     return None if name in _CHOICES else "N" if kind in (int, float) else name.upper().split("_")[0]
 
 
-def job_options(arguments: argparse.Namespace, **defaults: Any) -> JobOptions:
-    """Return the options of a job from its command line and the site's file.
+def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of a job that a command line gives."""
+    values = {name: getattr(arguments, name, None) for name in (*_HELP, *_REPEATED)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def job_options(arguments: argparse.Namespace, not_of_site: Container[str] = ()) -> JobOptions:
+    """Return the options of a job from its command line and the site's file, but for some keys of the latter.
 
     Raises:
         UserError: a value is impossible, or the site's file cannot be read or has an unknown key.
     """
-    values = {**defaults, **read_site(arguments.site)}
-    for name in (*_HELP, *_REPEATED):
-        given = getattr(arguments, name, None)
-        if given is None:
-            continue
+    values = {name: value for name, value in read_site(arguments.site).items() if name not in not_of_site}
+    for name, given in given_options(arguments).items():
         if name == "setup":
             values["setup"] = [*values.get("setup", []), *given]
         elif name in _REPEATED:
@@ -170,25 +185,34 @@ def read_site(file: str | None) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        yaml.safe_load(text)  # refuses tags
+        # As written: YAML would read the time 2:00:00 as a number, and the account 0123 as another one.
+        content = yaml.load(text, yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())[:200]}") from None
-    if content is None:
+    if content in (None, ""):
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold lines like `partition: gpu`")
     return {
-        _site_key(path, key): _site_value(path, str(key).replace("-", "_"), value) for key, value in content.items()
+        _site_key(path, key): _site_value(path, key.replace("-", "_"), value)
+        for key, value in content.items()
+        if value not in _NOTHING
     }
+
+
+_NOTHING = ("", "~", "null")
+"""What YAML takes for no value."""
 
 
 def _default_site() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / DEFAULT_SITE
 
 
-def _site_key(path: Path, key: Any) -> str:
+def _site_key(path: Path, key: str) -> str:
     valid = [f.name for f in dataclasses.fields(JobOptions)]
-    name = str(key).replace("-", "_")
+    name = key.replace("-", "_")
     if name not in valid:
         raise UserError(f"{path}: unknown key '{key}'{nearest(name, valid)}\nvalid: {', '.join(valid)}")
     return name
@@ -198,24 +222,21 @@ def _site_value(path: Path, name: str, value: Any) -> Any:
     kind = {f.name: str(f.type) for f in dataclasses.fields(JobOptions)}[name]
     if kind.startswith("dict"):
         if isinstance(value, dict):
-            return {str(key): "" if item is None else _word(item) for key, item in value.items()}
+            return {key: "" if item in _NOTHING else str(item) for key, item in value.items()}
         raise UserError(f"{path}: '{name}' holds {value!r}; it needs lines like `reservation: big` below it")
     if kind.startswith("list"):
         return [str(item) for item in (value if isinstance(value, list) else [value])]
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind.startswith("int") and not (number and value == int(value)):
-        raise UserError(f"{path}: '{name}' holds {value!r}; it needs a whole number")
-    if kind.startswith("float") and not number:
-        raise UserError(f"{path}: '{name}' holds {value!r}; it needs a number")
-    if name in _CHOICES:
-        value = "off" if value is False else value  # YAML reads a bare `off` so
-        if value not in _CHOICES[name]:
-            raise UserError(f"{path}: '{name}' holds {value!r}; valid: {', '.join(_CHOICES[name])}")
-    return str(value) if kind.startswith("str") else value
-
-
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    if not isinstance(value, str):
+        raise UserError(f"{path}: '{name}' holds {value!r}; it needs one value")
+    for prefix, read, needed in (("int", int, "a whole number"), ("float", float, "a number")):
+        if kind.startswith(prefix):
+            try:
+                return read(value)
+            except ValueError:
+                raise UserError(f"{path}: '{name}' holds {value!r}; it needs {needed}") from None
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise UserError(f"{path}: '{name}' holds {value!r}; valid: {', '.join(_CHOICES[name])}")
+    return value
 
 
 def _pairs(option: str, texts: list[str]) -> dict[str, str]:
@@ -233,6 +254,8 @@ def _slurm_key(key: str) -> str:
     name = key.strip().lstrip("-").replace("_", "-")
     if name in OWN_KEYS:
         raise UserError(f"--slurm {key}=… would break the job; it follows from {OWN_KEYS[name]}")
+    if name in OPTIONS_HERE:
+        raise UserError(f"--slurm {key}=…: use --{name}, which is checked before anything is submitted")
     if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
         raise UserError(f"--slurm '{key}' is no option of sbatch; give its long name, e.g. --slurm reservation=big")
     return name
@@ -263,7 +286,12 @@ def _validate(options: JobOptions) -> None:
 
 
 def parse_minutes(text: str) -> int:
-    """Return a time limit in minutes, rounded up.
+    """Return a time limit in minutes, rounded up; see :func:`parse_seconds`."""
+    return math.ceil(parse_seconds(text) / 60)
+
+
+def parse_seconds(text: str) -> float:
+    """Return a time limit in seconds.
 
     ``M``, ``M:S``, ``H:M:S`` and ``D-H[:M[:S]]`` as of sbatch; ``90m``, ``24h``, ``3d``.
 
@@ -283,4 +311,4 @@ def parse_minutes(text: str) -> int:
         raise UserError(f"--time '{text}' is not understood; {valid}")
     if seconds <= 0:
         raise UserError(f"--time '{text}' is no time at all; {valid}")
-    return math.ceil(seconds / 60)
+    return seconds

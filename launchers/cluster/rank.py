@@ -6,6 +6,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +23,8 @@ from launchers.cluster.allocation import (
     node_name,
     place_in_job,
 )
-from launchers.cluster.lives import FINISHED, INTERRUPTED, Cause, Lives, told
+from launchers.cluster.lives import FINISHED, INTERRUPTED, Cause, Life, Lives, told
+from launchers.cluster.progress import signal_seconds
 from launchers.cluster.submission import Submission
 
 if TYPE_CHECKING:
@@ -51,7 +54,7 @@ class TrainingRank:
             os.chdir(submission.folder)
         print(f"=== life {number} of rank {place.rank}, on {node_name()}", file=sys.stderr, flush=True)
         with _Failure(lambda cause: lives.rank_failed(number, cause), place.rank) as failure:
-            code = failure.guard(lambda: _train(submission, member.config, place, lives, life.ports[1]))
+            code = failure.guard(lambda: _train(submission, member.config, place, lives, life))
         _on_signals(signal.SIG_IGN)
         if code not in (0, EXIT_INTERRUPTED):
             logging.shutdown()
@@ -114,7 +117,26 @@ def _text(error: BaseException) -> str:
     return str(error) if isinstance(error, (UserError, RunFailed)) else f"{type(error).__name__}: {error}"
 
 
-def _train(submission: Submission, config_file: str, place: Place, lives: Lives, port: int) -> int:
+def stop_in_time(
+    run_dir: Path, batch: int, life: Life, stop: Callable[[], None], ended: threading.Event, every: float = 5.0
+) -> None:
+    """Call ``stop`` when what is left of the job is what a step and a save take, as measured until then.
+
+    SLURM's own signal comes at a time that was settled when the job was submitted, maybe before anything was measured.
+    """
+    if life.limit is None:
+        return
+    minutes = round((life.limit - life.started) / 60)
+    while not ended.wait(every):
+        left = life.limit - time.time()
+        needed = signal_seconds(run_dir, batch, minutes, default=0)
+        if left <= needed and not ended.is_set():
+            print(f"the job has {max(0.0, left):.0f} s left, and a save may need {needed} s: stopping", flush=True)
+            stop()
+            return
+
+
+def _train(submission: Submission, config_file: str, place: Place, lives: Lives, life: Life) -> int:
     from dinov2_fsdp.config import load
     from dinov2_fsdp.timetable import lengths
     from launchers import local
@@ -126,11 +148,21 @@ def _train(submission: Submission, config_file: str, place: Place, lives: Lives,
         assert place.life is not None
         lives.say(place.life, "plan", {"steps": lengths(config, images).total})
     if submission.preflight != "off" and place.world_size > 1:
-        _check_nodes(submission, config, place, lives, port)
+        _check_nodes(submission, config, place, lives, life.ports[1])
     from dinov2_fsdp.train import train
-    from eval.online import ONLINE
+    from eval.online import online_evaluations
 
-    return 0 if train(config, ONLINE) else EXIT_INTERRUPTED
+    ended = threading.Event()
+    if place.rank == 0 and submission.watches_clock:
+        watched = (Path(config.output_dir), config.train.batch, life)
+        me = os.getpid()
+        threading.Thread(
+            target=stop_in_time, args=(*watched, lambda: os.kill(me, signal.SIGUSR2), ended), daemon=True
+        ).start()
+    try:
+        return 0 if train(config, online_evaluations()) else EXIT_INTERRUPTED
+    finally:
+        ended.set()
 
 
 def _check_nodes(submission: Submission, config: Config, place: Place, lives: Lives, port: int) -> None:

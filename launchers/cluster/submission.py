@@ -45,6 +45,8 @@ class Submission:
     meet_seconds: float
     max_requeues: int
     max_restarts: int
+    watches_clock: bool = True
+    """Whether a life may stop earlier than SLURM tells it to, if its own times ask for it."""
 
     def write(self, folder: Path) -> None:
         (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
@@ -64,6 +66,18 @@ def check_path(path: Path) -> None:
     for character, name in _UNPRINTABLE.items():
         if character in str(path):
             raise UserError(f"output_dir={str(path)!r} holds {name}, which sbatch cannot have in paths; choose another")
+
+
+def record_job(run_dir: Path, job: str) -> None:
+    """Write down that a job is, or will be, at a run."""
+    record = run_dir / "slurm" / "jobs" / job
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(job + "\n")
+
+
+def recorded_jobs(run_dir: Path) -> list[str]:
+    """Return the jobs that have been submitted for a run, oldest first."""
+    return [file.name for file in sorted(run_dir.glob("slurm/jobs/*"), key=lambda file: file.stat().st_mtime_ns)]
 
 
 def next_folder(base: Path) -> Path:
@@ -137,9 +151,10 @@ def parameters(demand: Demand) -> dict[str, Any]:
         "job_name": demand.name,
         "nodes": options.nodes,
         "ntasks_per_node": demand.tasks,
-        "gpus_per_node": demand.gpus or None,
+        # A site may want GPUs or memory to be asked for in another way.
+        "gpus_per_node": None if "gpu" in options.slurm.get("gres", "") else demand.gpus or None,
         "cpus_per_task": demand.cpus,
-        "mem": demand.mem,
+        "mem": options.mem if options.slurm.keys() & {"mem-per-cpu", "mem-per-gpu"} else demand.mem,
         "time": options.minutes,
         "partition": options.partition,
         "account": options.account,
@@ -162,6 +177,7 @@ def parameters(demand: Demand) -> dict[str, Any]:
         "srun_args": [
             "--open-mode=append",
             "--kill-on-bad-exit=1",
+            "--export=ALL",  # also where the job itself was to get nothing (--slurm export=NONE)
             f"--cpus-per-task={demand.cpus}",  # srun does not inherit it from sbatch since SLURM 22.05
             f"--cpu-bind={options.cpu_bind}",
         ],

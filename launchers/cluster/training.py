@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,21 +45,22 @@ def launch(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(dry_run(demand, runs))
         return 0
-    for run in runs:
-        jobs = active_jobs(run.directory)
-        if jobs and arguments.follow and len(runs) == 1:
-            print(f"job {jobs[0]} is at this run already: following it", flush=True)
-            return _follow(runs, jobs)
-        if jobs:
-            raise UserError(
-                f"job {jobs[0]} is at {run.directory} already\n"
-                f"watch it with --follow, or end it with `scancel {jobs[0].partition('_')[0]}`"
-            )
+    active = [(run, jobs[-1]) for run in runs if (jobs := active_jobs(run.directory))]
+    if active and arguments.follow:
+        for run, job in active:
+            print(f"job {job} is at {run.name} already: following it", flush=True)
+        return _follow(*zip(*active, strict=True))
+    for run, job in active:
+        raise UserError(
+            f"job {job} is at {run.directory} already\n"
+            f"watch it with --follow, or end it with `scancel {job.partition('_')[0]}`"
+        )
     notes = checks.check_partition(demand)
-    for run in runs:
-        notes += _check_run(run, arguments)
     if refused := submission.test_only(submission.render(demand)):
         raise UserError(f"sbatch refuses the job: {refused}")
+    # Last, because --overwrite deletes here.
+    for run in runs:
+        notes += _check_run(run, arguments)
     jobs = submit(demand, runs)
     _show(demand, runs, jobs, list(dict.fromkeys(notes)))
     return _follow(runs, jobs) if arguments.follow else 0
@@ -154,10 +156,11 @@ def _base(runs: list[Run]) -> Path:
 
 
 def settled(run: Run, demand: Demand) -> Config:
-    """Return the config as the job gets it: on a CPU, each rank uses the cores that it asked for."""
-    if demand.gpus or run.config.parallel.threads:
-        return run.config
-    parallel = dataclasses.replace(run.config.parallel, threads=demand.cpus)
+    """Return the config as the job gets it: with GPUs, none of its ranks is content with a CPU; without, each uses
+    the cores that it asked for."""
+    parallel = dataclasses.replace(run.config.parallel, device="cuda" if demand.gpus else "cpu")
+    if not demand.gpus and not parallel.threads:
+        parallel = dataclasses.replace(parallel, threads=demand.cpus)
     return dataclasses.replace(run.config, parallel=parallel)
 
 
@@ -187,8 +190,7 @@ def _check_run(run: Run, arguments: argparse.Namespace) -> list[str]:
 
 def active_jobs(run_dir: Path) -> list[str]:
     """Return the jobs that the cluster still has for a run."""
-    known = [file.read_text().split() for file in sorted(run_dir.glob("slurm/jobs/*"))]
-    jobs = [job for words in known for job in words]
+    jobs = submission.recorded_jobs(run_dir)
     found = states(jobs)
     return [job for job in jobs if job in found and found[job][0] in ACTIVE]
 
@@ -215,7 +217,7 @@ def submit(demand: Demand, runs: list[Run]) -> list[str]:
             (run.directory / "logs").mkdir(exist_ok=True)
         written = Submission(
             tuple(members), str(Path.cwd()), options.preflight, options.meet_seconds, options.max_requeues,
-            options.max_restarts,
+            options.max_restarts, options.signal_seconds is None,
         )  # fmt: skip
         written.write(folder)
     except OSError as error:
@@ -226,9 +228,7 @@ def submit(demand: Demand, runs: list[Run]) -> list[str]:
         shutil.rmtree(folder)
         raise
     for run, job in zip(runs, jobs, strict=True):
-        record = run.directory / "slurm" / "jobs" / job
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(job + "\n")
+        submission.record_job(run.directory, job)
     return jobs
 
 
@@ -281,7 +281,7 @@ def _show(demand: Demand, runs: list[Run], jobs: list[str], notes: list[str]) ->
     print("resume   the same command again, once the job is over", flush=True)
 
 
-def _follow(runs: list[Run], jobs: list[str]) -> int:
+def _follow(runs: Sequence[Run], jobs: Sequence[str]) -> int:
     members = [(run.name, run.directory, job) for run, job in zip(runs, jobs, strict=True)]
     try:
         return follow(members, show=lambda text: print(text, flush=True))

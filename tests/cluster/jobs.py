@@ -145,11 +145,12 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 
-def submit(config: Path, run_dir: Path, *arguments: str, pace: float = 0.0) -> Job:
+def submit(config: Path | None, run_dir: Path, *arguments: str, pace: float = 0.0) -> Job:
     """Submit a run and return its job."""
     slow = ["--env", f"PYTHONPATH={PACE_FOLDER}", "--env", f"PACE={pace}"] if pace else []
+    named = ["--config", str(config)] if config else []
     result = launch(
-        "--config", str(config), "--output-dir", str(run_dir), "--cpus-per-gpu", "1", "--time", "60", *slow, *arguments
+        *named, "--output-dir", str(run_dir), "--cpus-per-gpu", "1", "--time", "60", *slow, *arguments
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     match = re.search(r"job (\d+) submitted", result.stdout)

@@ -101,7 +101,8 @@ FAULTS = ("a rank killed", "a slurmd killed", "a node crashed", "a cable cut")
 def test_the_run_ends_with_the_weights_of_an_undisturbed_one(story: Story) -> None:
     # Where all ranks live on, as without a slurmd, they may still save before SLURM has taken their job away.
     assert {life.outcome for life in story.job.lives[:-1]} <= {FAILED, INTERRUPTED}
-    assert len(story.job.lives) == 5, story.job.log
+    # A node that comes back may get SLURM's word to end an earlier life a minute late, which then ends another one.
+    assert 5 <= len(story.job.lives) <= 6, story.job.log
     assert story.job.lives[-1].outcome == FINISHED
     expected = saved_tensors(story.undisturbed, STEPS)
     assert expected
@@ -110,7 +111,7 @@ def test_the_run_ends_with_the_weights_of_an_undisturbed_one(story: Story) -> No
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_costs_no_more_than_the_steps_since_the_last_save(story: Story, fault: str) -> None:
-    stopped, resumed = resumed_steps(story.job)[FAULTS.index(fault)]
+    stopped, resumed = resumed_steps(story.job)[story.lives[fault].number - 1]
     assert 0 <= stopped - resumed <= 2 * EVERY
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jobs import ROOT, Job, config_of, lab, launch, slurm, submit, wait_until
+from jobs import PACE_FOLDER, ROOT, Job, config_of, lab, launch, slurm, submit, wait_until
 from training import differing, saved_steps, saved_tensors, train_alone, train_on_ranks
 
 from dinov2_fsdp.config import load
@@ -77,18 +77,33 @@ def test_as_many_nodes_as_there_are_start_train_and_finish(tmp_path: Path) -> No
     assert saved_steps(tmp_path / "run") == [4]
 
 
-def test_an_array_runs_two_seeds_that_differ(tmp_path: Path) -> None:
-    config = config_of(tmp_path, train__microbatch=4, train__duration="2it")
-    job = submit(config, tmp_path / "sweep", "--array", "seed=0,1")
+def test_an_array_runs_two_configs_with_two_seeds_each(tmp_path: Path) -> None:
+    settings = {"train__microbatch": 4, "train__duration": "2it"}
+    configs = {}
+    for name, rate in (("slow", 1e-4), ("fast", 1e-2)):
+        configs[name] = tmp_path / f"{name}.yaml"
+        config_of(tmp_path / name, optim__lr=rate, **settings).rename(configs[name])
+    array = ["--array", ",".join(map(str, configs.values())), "--array", "seed=0,1"]
+    job = submit(None, tmp_path / "sweep", *array)
     try:
         job.wait()
     finally:
         job.cancel()
-    for seed in (0, 1):
-        alone = config_of(tmp_path / str(seed), train__microbatch=4, train__duration="2it", seed=seed)
-        train_alone(load(alone))
-        found = saved_tensors(tmp_path / "sweep" / f"seed={seed}")
-        assert differing(found, saved_tensors(tmp_path / str(seed) / "run")) == []
+    for name, file in configs.items():
+        for seed in (0, 1):
+            run_dir = tmp_path / name / f"alone {seed}"
+            train_alone(load(file, [f"seed={seed}", f"output_dir='{run_dir}'"]))
+            found = saved_tensors(tmp_path / "sweep" / name / f"seed={seed}")
+            assert differing(found, saved_tensors(run_dir)) == []
+
+
+def test_a_site_that_exports_nothing_to_jobs_is_no_obstacle(tmp_path: Path) -> None:
+    config = config_of(tmp_path, train__microbatch=4, train__duration="1it")
+    job = submit(config, tmp_path / "run", "--slurm", "export=NONE")
+    try:
+        assert job.wait() == "COMPLETED", job.log
+    finally:
+        job.cancel()
 
 
 def test_an_edit_of_the_checkout_does_not_change_a_queued_job(tmp_path: Path) -> None:
@@ -123,17 +138,12 @@ def _made(folder: Path) -> Path:
 
 def test_follow_shows_states_and_progress_to_the_end(tmp_path: Path) -> None:
     config = config_of(tmp_path, train__microbatch=4, train__duration="2it")
+    # Steps that last longer than the time between two looks.
+    slow = ["--env", f"PYTHONPATH={PACE_FOLDER}", "--env", "PACE=6"]
     result = launch(
-        "--config",
-        str(config),
-        "--output-dir",
-        str(tmp_path / "run"),
-        "--cpus-per-gpu",
-        "1",
-        "--time",
-        "60",
+        "--config", str(config), "--output-dir", str(tmp_path / "run"), "--cpus-per-gpu", "1", "--time", "60", *slow,
         "--follow",
-    )
+    )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "running on 1 node(s), life 1" in result.stdout
     assert "step 2/2  100.0%" in result.stdout

@@ -71,6 +71,8 @@ def _open(spec: str, cache_dir: Path | None) -> Source:
 
 
 def _why_not(spec: str, kind: str) -> str:
+    if spec in _FORMS:
+        return f"says which kind it is but not where; write {_FORMS[spec]}"
     path = os.path.expanduser(spec)
     if os.path.isdir(path):
         return f"does not say what kind it is; write folder:{spec}"
