@@ -23,8 +23,9 @@ SIZES = [(518, 518), (224, 224), (154, 280)]
 """Images: as large as the released position embeddings stand for, smaller, and not square; (height, width) pixels."""
 SMALL_SIZES = [(70, 70), (42, 42), (28, 56)]
 """The same with position embeddings for 70 pixels."""
-DEPTHS = {"vits": 12, "vitb": 12, "vitl": 24, "vitg": 40 if "PARITY_WHOLE" in os.environ else 2}
-"""Blocks: all, but of ViT-g, which needs 12 GB of memory and half an hour, only where the environment asks for it."""
+WHOLE = "PARITY_WHOLE" in os.environ
+DEPTHS = {"vits": 12, "vitb": 12, "vitl": 24 if WHOLE else 12, "vitg": 40 if WHOLE else 2}
+"""Blocks: the large ones are cut, but where the environment asks for all: ViT-g then needs 12 GB and half an hour."""
 FULL = [(arch, depth, registers) for arch, depth in DEPTHS.items() for registers in (0, 4)]
 TINY = [("mlp", 0), ("mlp", 4), ("swiglu", 0), ("swiglu", 4)]
 
