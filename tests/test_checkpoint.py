@@ -97,10 +97,10 @@ def test_a_save_that_failed_ends_the_run_before_the_next_one_is_due(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpointer_module.dcp, "save", disk_full)
-    config = six_steps(tmp_path, train__duration="400it", checkpoint__every="100it", log__every="1it")
-    with pytest.raises(SaveFailed, match="rank 0 could not write the checkpoint of step 100: No space left on device"):
+    config = six_steps(tmp_path, train__duration="60it", checkpoint__every="20it", log__every="1it")
+    with pytest.raises(SaveFailed, match="rank 0 could not write the checkpoint of step 20: No space left on device"):
         train_alone(config)
-    assert 100 <= metrics(tmp_path)[-1]["step"] < 200
+    assert 20 <= metrics(tmp_path)[-1]["step"] < 40
 
 
 def test_a_run_whose_next_life_has_begun_ends_at_its_next_line_of_metrics(
@@ -115,7 +115,7 @@ def test_a_run_whose_next_life_has_begun_ends_at_its_next_line_of_metrics(
         return original(self, batch, targets)
 
     monkeypatch.setattr(SelfDistillation, "loss", loss)
-    config = six_steps(tmp_path, train__duration="400it", checkpoint__every="0it", log__every="2it")
+    config = six_steps(tmp_path, train__duration="20it", checkpoint__every="0it", log__every="2it")
     with pytest.raises(Superseded, match=r"this is life 1 .* life 2 has begun"):
         train_alone(config)
     assert metrics(tmp_path)[-1]["step"] == 4

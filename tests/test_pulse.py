@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -130,6 +131,28 @@ def test_a_cause_that_was_heard_is_remembered_when_rank_0_has_gone(monkeypatch: 
         assert pulses[1].explain_loss() == ("rank 0 failed: MemoryError", False)
         assert not pulses[1].claim("a consequence of it")
         assert ended == []
+
+
+def test_rank_0_leaves_when_the_others_have_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A beat that finds the store gone would fill the terminal with torch's warnings, though all went well."""
+    monkeypatch.setattr(pulse_module, "LINGER", 60.0)
+    with ranks(2) as (pulses, _):
+        gone: list[int] = []
+        leaving = threading.Thread(target=lambda: (pulses[0].__exit__(None, None, None), gone.append(0)))
+        leaving.start()
+        leaving.join(1.0)
+        assert gone == [], "rank 1 is still there"
+        pulses[1].__exit__(None, None, None)
+        leaving.join(20.0)
+        assert gone == [0]
+
+
+def test_rank_0_does_not_wait_for_ever_for_one_that_never_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse_module, "LINGER", 0.3)
+    with ranks(2) as (pulses, _):
+        start = time.monotonic()
+        pulses[0].__exit__(None, None, None)
+        assert 0.3 <= time.monotonic() - start < 10
 
 
 def test_a_dead_rank_ends_the_others_though_no_communication_fails(capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ DEAD = 30.0
 GRACE = 5.0
 """Seconds in which a rank may end by itself once another one has said why the run is over."""
 LINGER = 3.0
-"""Seconds that a failing rank 0 waits before it takes the store with it."""
+"""Seconds that rank 0 waits for the others before it takes the store with it, if it fails or they do not leave."""
 ANSWER = 3.0
 """Seconds within which the store between the ranks has to answer."""
 _HOST = socket.gethostname()
@@ -83,6 +83,18 @@ class Pulse(AbstractContextManager["Pulse"]):
         self._over.set()
         for thread in self._threads:
             thread.join(2 * self.interval)
+        if self._store is not None and error[0] is None:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Leave; rank 0, which keeps the store, does so last, so that nobody's last beat finds the store gone."""
+        self._ask(lambda store: store.set(f"left/{self.world.rank}", ""))
+        everybody = [f"left/{rank}" for rank in range(self.world.size)]
+        deadline = time.monotonic() + LINGER
+        while self.world.rank == 0 and time.monotonic() < deadline:
+            if self._ask(lambda store: store.check(everybody)):
+                return
+            time.sleep(0.02)
 
     def at(self, phase: str, step: int) -> None:
         """Say where this rank is; costs nothing. Every call is progress, and all ranks make the same calls."""
