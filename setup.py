@@ -18,6 +18,7 @@ setup(
         "torchvision",  # reference of the augmentations, beside torch in every installation
         "numpy",
         "Pillow",  # decoding and the reference augmentations
+        "opencv-python-headless",  # the fast augmentations; needs no display
         "omegaconf",  # typed configs, YAML, overrides
         "fvcore",  # schedules
         "safetensors",  # checkpoints and exports without pickle

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
@@ -35,6 +37,15 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the valid word closest to ``word``, or an empty string."""
     matches = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.5)
     return f"; did you mean '{matches[0]}'?" if matches else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one message, without the long list of all options, what is wrong with a command line."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.fullmatch(r"unrecognized arguments: (--[^\s=]+).*", message)
+        guess = nearest(unknown[1], self._option_string_actions) if unknown else ""
+        raise UserError(f"{message}{guess}\n--help lists all options")
 
 
 def show(error: UserError | RunFailed) -> int:

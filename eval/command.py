@@ -13,8 +13,9 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,16 +23,19 @@ from typing import Any, TypeVar
 import torch
 
 from dinov2_fsdp.config import Config, ParallelConfig
-from dinov2_fsdp.data.sources import Source, open_source
-from dinov2_fsdp.errors import UserError
+from dinov2_fsdp.data.sources import BadImage, Source, open_source
+from dinov2_fsdp.errors import Parser, UserError
 from dinov2_fsdp.models.vision_transformer import VisionTransformer
 from dinov2_fsdp.parallel.place import place_from_environment, started_by_launcher
 from dinov2_fsdp.parallel.world import World, end_world, start_world
 from dinov2_fsdp.weights import load_backbone, untrained_backbone
 from eval.features import PRECISIONS, Features, choose_device, frozen, pixel_features
-from eval.results import PARTIAL, folder_of, record, run_of
+from eval.results import PARTIAL, data_of, digest_of, folder_of, record, run_of
+from eval.splits import splits_of
 
 Settings = TypeVar("Settings")
+
+_SECONDS_FOR_RANK_0 = 5.0
 
 
 @dataclass
@@ -86,9 +90,10 @@ def build_parser(prog: str, description: str, settings: type, *, pixels: bool = 
     Args:
         pixels: offer ``--pixels``.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description=description,
+        allow_abbrev=False,
         epilog="Data and sizes default to the run's config (eval.train or data.train, eval.test, eval.size, …). "
         "Several processes share the work: torchrun --standalone --nproc-per-node N " + prog,
     )
@@ -107,10 +112,23 @@ def build_parser(prog: str, description: str, settings: type, *, pixels: bool = 
     return parser
 
 
-def add_data(parser: argparse.ArgumentParser, train: str, test: str) -> None:
-    """Add ``--train SPEC`` and ``--test SPEC``, which hold what the texts say."""
-    parser.add_argument("--train", metavar="SPEC", help=train)
-    parser.add_argument("--test", metavar="SPEC", help=test)
+def add_data(
+    parser: argparse.ArgumentParser,
+    train: str,
+    test: str,
+    kind: str = "labels",
+    names: tuple[str, str] = ("train", "test"),
+) -> None:
+    """Add a flag for each split, by default ``--train`` and ``--test``, and ``--data``, which stands for both.
+
+    Args:
+        train, test: what they hold. kind: see :func:`eval.splits.splits_of`.
+    """
+    for name, text in zip(names, (train, test), strict=True):
+        parser.add_argument(f"--{name}", metavar="SPEC", help=text)
+    both = " and ".join(f"--{name}" for name in names)
+    parser.add_argument("--data", metavar="SPEC", help=f"a data set with two splits, in place of {both}")
+    parser.set_defaults(splits=(kind, *names))
 
 
 def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
@@ -173,6 +191,7 @@ def open_subject(arguments: argparse.Namespace) -> Iterator[Subject]:
     Raises:
         UserError: there are no weights, or they do not fit.
     """
+    _split_data(arguments)
     pixels = getattr(arguments, "pixels", False)
     if arguments.weights is None and not (pixels and arguments.train and arguments.test):
         alone = "\n(only --pixels with --train and --test goes without)" if hasattr(arguments, "pixels") else ""
@@ -184,9 +203,39 @@ def open_subject(arguments: argparse.Namespace) -> Iterator[Subject]:
         world = World(0, 1, 0, choose_device(arguments.device))
     try:
         yield _load(arguments, pixels, world)
+    except UserError as error:
+        error.silent = rank_0_says(world, str(error))
+        raise
+    except BadImage as error:
+        raise UserError(f"{error}\nmend or remove that file") from None
     finally:
         if joined:
             end_world()
+
+
+def rank_0_says(world: World, message: str) -> bool:
+    """Return whether another process, rank 0, shows this very message, so that it need not be shown again."""
+    if world.store is None:
+        return False
+    try:
+        if world.rank == 0:
+            world.store.set("evaluation error", message)
+            return False
+        world.store.wait(["evaluation error"], timedelta(seconds=_SECONDS_FOR_RANK_0))
+        return bool(world.store.get("evaluation error").decode() == message)
+    except RuntimeError:  # rank 0 has no complaint, or is gone
+        return False
+
+
+def _split_data(arguments: argparse.Namespace) -> None:
+    """Let ``--data`` be both splits. Raises :class:`UserError`."""
+    if getattr(arguments, "data", None) is None:
+        return
+    kind, *names = arguments.splits
+    if any(getattr(arguments, name) is not None for name in names):
+        raise UserError(f"--data is both splits; give it alone, or --{names[0]} and --{names[1]}")
+    for name, spec in zip(names, splits_of(arguments.data, kind), strict=True):
+        setattr(arguments, name, spec)
 
 
 def _load(arguments: argparse.Namespace, pixels: bool, world: World) -> Subject:
@@ -247,12 +296,15 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
-
-    def partial(self, name: str) -> Path | None:
-        """Return the folder of features that an interrupted evaluation goes on from; None where nothing is kept."""
         s = self.subject
-        folder = folder_of(s.run, s.step, s.name(self.task), self.data, self.output)
-        return None if folder is None else folder / PARTIAL / name
+        # Without regard to other results that are or will be there: the same evaluation has to find it again.
+        folder = folder_of(s.run, s.step, s.name(self.task), None, self.output)
+        images = data_of({"data": self.data, "settings": asdict(self.settings)})
+        self._partial = None if folder is None else folder / PARTIAL / digest_of(images)
+
+    def partial(self, name: str = "") -> Path | None:
+        """Return the folder of what an interrupted evaluation goes on from; None where nothing is kept."""
+        return None if self._partial is None else self._partial / name
 
     def finish(self, metric: str, metrics: dict[str, float], **more: Any) -> Path | None:
         """Record the results (rank 0), remove what was kept for an interruption, and return the file of the results.
@@ -278,10 +330,11 @@ class Evaluation:
             "peak_memory_gib": round(peak_memory_gib(device), 3),
             **more,
         }
-        partial = self.partial("")
         file = record(results, subject.name(self.task), metric, subject.run, self.output)
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+        if self._partial is not None:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            with suppress(OSError):  # other data's may lie there
+                self._partial.parent.rmdir()
         return file
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +18,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from dinov2_fsdp.data.batch import IMAGE_MEAN, IMAGE_STD
+from dinov2_fsdp.data.sources import BadImage
 from dinov2_fsdp.data.stream import Stream
+from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.parallel.world import World
 from dinov2_fsdp.rng import generator
-from eval.features import Features, gather_rows, prepare, progress_bar
+from eval.features import Features, gather_rows, prepare, progress_bar, reduce_over_ranks
 from eval.pairs import Pairs
+from eval.resumption import Resumption
 
 Grid = Callable[[Tensor], Tensor]
 """Normalised images (B, 3, H, W) whose sides the patch divides, to features (B, C, H / patch, W / patch)."""
+KEPT = 512
+"""Training images whose features an evaluation during pretraining keeps."""
+_OTHERS = 100
+"""How many pairs are tried in the place of one that cannot be read."""
 Sample = tuple[NDArray[np.float32], NDArray[Any]]
 """A normalised image (3, H, W) and its target (H, W)."""
 
@@ -134,25 +143,61 @@ class KeptSamples(Dataset[Any]):
 
 
 def keep_grids(
-    grid: Grid, pairs: Pairs, target: Callable[[int], NDArray[Any]], count: int, size: int, batch: int, world: World
+    grid: Grid,
+    pairs: Pairs,
+    target: Callable[[int], NDArray[Any]],
+    count: int,
+    size: int,
+    batch: int,
+    world: World,
+    void: float,
 ) -> tuple[Tensor, Tensor]:
     """Return (features (count, C, h, w), targets (count, size, size)) of central crops; ranks share the forwards.
 
     Args:
         target: of a pair, (H, W). size: side of the crops, pixels; a multiple of the patch.
+        void: what fills the targets of pairs that cannot be read.
     """
     rows: list[Tensor] = []
+    readable = torch.ones(count, dtype=torch.int64)
     share = list(own_share(count, world.rank, world.size))
+
+    def crop(index: int | None) -> NDArray[np.float32]:
+        # Places without an image of their own are filled: a sharded backbone's forward is collective.
+        if index is not None:
+            try:
+                return to_input(prepare(pairs.image(index), size, size))
+            except BadImage as error:
+                readable[index] = 0
+                leave_out(error)
+        return np.zeros((3, size, size), np.float32)
+
     for start in range(0, len(share), batch):
         part = share[start : start + batch]
-        # Places without an image of their own are filled: a sharded backbone's forward is collective.
-        crops = [to_input(prepare(pairs.image(index or 0), size, size)) for index in part]
-        found = grid(torch.from_numpy(np.stack(crops)).to(world.device))
+        found = grid(torch.from_numpy(np.stack([crop(index) for index in part])).to(world.device))
         rows.append(found[[place for place, index in enumerate(part) if index is not None]].cpu())
     everyone = gather_rows(torch.cat(rows), world.size, world.device)
     order = np.argsort(np.concatenate([np.arange(rank, count, world.size) for rank in range(world.size)]))
-    targets = np.stack([_central(target(index), size) for index in range(count)])
-    return everyone[torch.from_numpy(order)], torch.from_numpy(targets)
+    readable = reduce_over_ranks(readable, world.size, world.device, dist.ReduceOp.MIN)
+
+    def values(index: int) -> NDArray[Any]:
+        try:
+            found = _central(target(index), size)
+        except BadImage:
+            readable[index] = 0
+            found = np.zeros((size, size))
+        return found if readable[index] else np.full_like(found, void)
+
+    targets = [values(index) for index in range(count)]
+    kinds = {kept.dtype for kept, ok in zip(targets, readable.tolist(), strict=True) if ok}
+    if not kinds:
+        raise UserError(f"'{pairs.spec}': none of {count} pairs can be read")
+    return everyone[torch.from_numpy(order)], torch.from_numpy(np.stack(targets).astype(kinds.pop()))
+
+
+def leave_out(error: BadImage) -> None:
+    """Warn that a pair does not take part."""
+    warnings.warn(f"left out of the evaluation: {error}", stacklevel=3)
 
 
 def _central(values: NDArray[Any], size: int) -> NDArray[Any]:
@@ -189,7 +234,7 @@ class Samples(Dataset[Any]):
         world_size: int,
         void: float,
     ) -> None:
-        self.make, self.batch, self.seed, self.void = make, batch, seed, void
+        self.pairs, self.make, self.batch, self.seed, self.void = count, make, batch, seed, void
         self.share = -(-batch // world_size)
         self.first = min(rank * self.share, batch)
         self.count = max(0, min(self.share, batch - self.first))
@@ -203,7 +248,7 @@ class Samples(Dataset[Any]):
         samples = []
         for place in range(self.first, self.first + max(1, self.count)):
             index = int(self.stream.samples(step, min(place, self.batch - 1), 1)[0])
-            samples.append(self.make(index, generator(self.seed, "dense sample", step, place)))
+            samples.append(self._sample(index, step, place))
         images = np.stack([image for image, _ in samples])
         targets = np.stack([target for _, target in samples])
         missing = self.share - len(samples)
@@ -212,6 +257,17 @@ class Samples(Dataset[Any]):
             targets = np.concatenate([targets, np.full((missing, *targets.shape[1:]), self.void, targets.dtype)])
         targets[self.count :] = self.void
         return torch.from_numpy(images), torch.from_numpy(targets), self.count
+
+    def _sample(self, index: int, step: int, place: int) -> Sample:
+        """Return a sample of a pair, or of the next one at random where that cannot be read."""
+        others = generator(self.seed, "pair instead of another", step, place)
+        for _ in range(_OTHERS):
+            try:
+                return self.make(index, generator(self.seed, "dense sample", step, place))
+            except BadImage as error:
+                leave_out(error)
+                complaint, index = error, int(others.integers(self.pairs))
+        raise UserError(f"{_OTHERS} training pairs in a row cannot be read, the last is {complaint}")
 
 
 def train_head(
@@ -225,18 +281,22 @@ def train_head(
     *,
     workers: int = 0,
     title: str = "",
+    kept: Path | None = None,
 ) -> None:
     """Train a head; all ranks take the same steps.
 
     Args:
         loss: of (images, targets, number that counts, step) on this rank; losses of all ranks add up to the step's.
         rate: learning rate of a step.
+        kept: file that a training which was interrupted goes on from.
     """
-    loader: DataLoader[Any] = DataLoader(samples, batch_size=None, sampler=range(steps), num_workers=workers)
+    resumption = Resumption(kept, head, optimizer, world)
+    start = resumption.load()
+    loader: DataLoader[Any] = DataLoader(samples, batch_size=None, sampler=range(start, steps), num_workers=workers)
     parameters = [p for p in head.parameters() if p.requires_grad]
     head.train()
-    with progress_bar(title if world.rank == 0 else "", steps, unit="steps") as advance:
-        for step, (images, targets, count) in enumerate(loader):
+    with progress_bar(title if world.rank == 0 else "", steps, start, "steps") as advance:
+        for step, (images, targets, count) in enumerate(loader, start):
             for group in optimizer.param_groups:
                 group["lr"] = rate(step)
             optimizer.zero_grad()
@@ -248,6 +308,7 @@ def train_head(
                 for parameter, part in zip(parameters, parts, strict=True):
                     parameter.grad = part.view_as(parameter)
             optimizer.step()
+            resumption.save(step + 1, now=step + 1 == steps)
             advance(1)
     head.eval()
 

@@ -28,10 +28,12 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2_fsdp.config import Config
+from dinov2_fsdp.data.sources import BadImage
 from dinov2_fsdp.errors import UserError, run_cli
 from dinov2_fsdp.parallel.world import World
 from eval import command
 from eval.dense import (
+    KEPT,
     Grid,
     KeptSamples,
     LinearHead,
@@ -39,6 +41,7 @@ from eval.dense import (
     Samples,
     grid_of,
     keep_grids,
+    leave_out,
     on_pixels,
     own_share,
     tile,
@@ -50,6 +53,7 @@ from eval.depth_crops import training_sample
 from eval.features import BLOCKS, Features, NotFinite, progress_bar, reduce_over_ranks
 from eval.metrics import DEPTH_METRICS, depth_metrics
 from eval.pairs import Pairs, check_pairs, open_pairs
+from eval.resumption import file_of
 
 NYU_SIZE = (480, 640)
 EIGEN_CROP = (45, 41, 471, 601)
@@ -57,8 +61,6 @@ EIGEN_CROP = (45, 41, 471, 601)
 UPSAMPLE = 4
 BIN_FLOOR = 0.1
 EXAMPLES = 4
-KEPT = 512
-"""Training images whose features an evaluation during pretraining keeps."""
 _EPS = 1e-3
 _MEAN_WEIGHT = 0.15
 _MEAN_ONLY_STEPS = 100
@@ -184,8 +186,8 @@ class DepthEstimator:
         finer = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         return depth_of(finer, self.settings.min_depth, self.settings.max_depth)
 
-    def train(self, pairs: Pairs, workers: int = 0, title: str = "") -> None:
-        """Train the head on ``pairs``; all ranks call this."""
+    def train(self, pairs: Pairs, workers: int = 0, title: str = "", kept: Path | None = None) -> None:
+        """Train the head on ``pairs``; all ranks call this. ``kept``: see :func:`eval.dense.train_head`."""
         s = self.settings
         count = min(s.max_train or len(pairs), len(pairs))
         samples = Samples(count, _Make(pairs, s), s.train_batch, s.seed, self.world.rank, self.world.size, 0.0)
@@ -200,6 +202,7 @@ class DepthEstimator:
             self.world,
             workers=workers,
             title=title,
+            kept=kept,
         )
 
     def _rate(self, step: int) -> float:
@@ -215,7 +218,7 @@ class DepthEstimator:
     def train_on_kept(self, pairs: Pairs, count: int, size: int, batch: int) -> None:
         """Train the head on features of central crops that are made once; ranks share only the making."""
         s = self.settings
-        grids, targets = keep_grids(self.grid, pairs, pairs.target, count, size, batch, self.world)
+        grids, targets = keep_grids(self.grid, pairs, pairs.target, count, size, batch, self.world, 0.0)
 
         def loss(kept: Tensor, truth: Tensor, number: int, step: int) -> Tensor:
             depth = F.interpolate(self.from_grid(kept), size=truth.shape[1:], mode="bilinear", align_corners=False)
@@ -233,31 +236,42 @@ class DepthEstimator:
         mean = (both[0] + both[1].flip(-1)) / 2
         return mean.clamp(self.settings.min_depth, self.settings.max_depth).cpu().numpy()
 
-    def test(self, pairs: Pairs, title: str = "") -> tuple[dict[str, float], int, list[list[NDArray[np.uint8]]]]:
-        """Return the metrics, each the mean over images, how many images counted, and rows of pictures (rank 0)."""
+    def test(self, pairs: Pairs, title: str = "") -> tuple[dict[str, float], int, int, list[list[NDArray[np.uint8]]]]:
+        """Return the metrics, each the mean over images, how many images counted and how many cannot be read, and rows
+        of pictures of the first few of a rank's images."""
         s = self.settings
         count = min(s.max_test or len(pairs), len(pairs))
-        sums = torch.zeros(len(DEPTH_METRICS) + 1, dtype=torch.float64)
+        sums = torch.zeros(len(DEPTH_METRICS) + 2, dtype=torch.float64)
         examples: list[list[NDArray[np.uint8]]] = []
         side = self.patch
         with progress_bar(title if self.world.rank == 0 else "", -(-count // self.world.size)) as advance:
             for index in own_share(count, self.world.rank, self.world.size):
                 advance(1)
-                if index is None:  # a sharded backbone's forward is collective
+                pair = None if index is None else _read(pairs, index)
+                if pair is None:  # a sharded backbone's forward is collective
                     self.grid(torch.zeros(2, 3, side, side, device=self.world.device))
+                    sums[-1] += index is not None
                     continue
-                image, truth = pairs.image(index), pairs.target(index)
+                image, truth = pair
                 predicted = self.predict(image)
                 found = depth_metrics(truth, predicted, counted(truth, s))
                 if found is not None:
-                    sums += torch.tensor([*(found[name] for name in DEPTH_METRICS), 1.0], dtype=torch.float64)
+                    sums[:-1] += torch.tensor([*(found[name] for name in DEPTH_METRICS), 1.0], dtype=torch.float64)
                 if len(examples) < EXAMPLES:
                     high = float(truth.max())
                     examples.append([np.asarray(image), _paint(truth, high), _paint(predicted, high)])
         sums = reduce_over_ranks(sums, self.world.size, self.world.device, dist.ReduceOp.SUM)
-        number = int(sums[-1])
-        means = (sums[:-1] / number).tolist() if number else [float("nan")] * len(DEPTH_METRICS)
-        return dict(zip(DEPTH_METRICS, means, strict=True)), number, examples
+        number, bad = map(int, sums[-2:])
+        means = (sums[:-2] / number).tolist() if number else [float("nan")] * len(DEPTH_METRICS)
+        return dict(zip(DEPTH_METRICS, means, strict=True)), number, bad, examples
+
+
+def _read(pairs: Pairs, index: int) -> tuple[Image.Image, NDArray[np.floating]] | None:
+    try:
+        return pairs.image(index), pairs.target(index)
+    except BadImage as error:
+        leave_out(error)
+        return None
 
 
 def counted(truth: NDArray[np.floating], settings: Settings) -> NDArray[np.bool_]:
@@ -303,12 +317,15 @@ def estimate(
     kept: tuple[int, int, int] | None = None,
     workers: int = 0,
     progress: bool = True,
+    partial: Path | None = None,
+    key: dict[str, Any] | None = None,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Return (metrics, number of images that counted and pictures); all ranks get the same metrics.
 
     Args:
         kept: (images, size, batch): train on the features of so many central crops of this size, made once, a batch at
             a time, instead of on augmented images.
+        partial: folder for what an interrupted training goes on from; ``key``: what it depends on.
 
     Raises:
         NotFinite: the features are no finite numbers.
@@ -320,17 +337,18 @@ def estimate(
     if kept:
         estimator.train_on_kept(train, min(kept[0], len(train)), *kept[1:])
     else:
-        estimator.train(train, workers, "steps of the head" if progress else "")
-    metrics, number, examples = estimator.test(test, "test images" if progress else "")
-    return metrics, {"images": number, "examples": examples}
+        file = None if partial is None else file_of(partial, f"{settings} {key} {train.fingerprint}")
+        estimator.train(train, workers, "steps of the head" if progress else "", file)
+    metrics, number, bad, examples = estimator.test(test, "test images" if progress else "")
+    return metrics, {"images": number, "bad_images": bad, "examples": examples}
 
 
 def open_both(train: str, test: str, settings: Settings, cache: str | None, progress: bool) -> tuple[Pairs, Pairs]:
-    """Return (training pairs, test pairs), all looked at. Raises :class:`UserError`."""
+    """Return (training pairs, test pairs), after a look at all that are used. Raises :class:`UserError`."""
     found = []
-    for spec, name in ((train, "training"), (test, "test")):
+    for spec, name, limit in ((train, "training", settings.max_train), (test, "test", settings.max_test)):
         pairs = open_pairs(spec, "depth", cache, depth_scale=settings.depth_scale)
-        sizes = check_pairs(pairs, title=f"check of {name} pairs" if progress else "")
+        sizes = check_pairs(pairs, title=f"check of {name} pairs" if progress else "", limit=limit)
         odd = next((n for n, size in enumerate(sizes) if settings.nyu and size != NYU_SIZE), None)
         if odd is not None:
             raise UserError(
@@ -353,7 +371,8 @@ def online_depth(
     """
     c = config.eval
     train, test = command.specs_of(config, None, None, "depth estimation")
-    settings = Settings(max_test=c.max_test, seed=config.seed)
+    number = min(c.max_train or KEPT, KEPT)
+    settings = Settings(max_train=number, max_test=c.max_test, seed=config.seed)
     if train.startswith("scenes:"):
         settings = for_scenes(settings)
     settings = replace(settings, iterations=200, warmup=20, rate=1e-2)
@@ -361,7 +380,7 @@ def online_depth(
     world, patch = World(rank, world_size, rank, device), config.model.patch
     grid = grid_of(features, patch, tokens_with_class)
     try:
-        kept = (min(c.max_train or KEPT, KEPT), c.size, c.batch)
+        kept = (number, c.size, c.batch)
         metrics, _ = estimate(grid, patch, first, second, settings, world, kept=kept, progress=False)
     except NotFinite:
         metrics = dict.fromkeys(DEPTH_METRICS, float("nan"))
@@ -397,12 +416,16 @@ def run(arguments: argparse.Namespace) -> Path | None:
         depth = 1 if subject.model is None else len(subject.model.blocks)
         blocks = layer_numbers(depth, settings.layers)
         grid = grid_of(subject.features(0, blocks), subject.patch, tokens_with_class)
-        metrics, more = estimate(grid, subject.patch, first, second, settings, subject.world, workers=arguments.workers)
+        metrics, more = estimate(
+            grid, subject.patch, first, second, settings, subject.world, workers=arguments.workers,
+            partial=evaluation.partial(), key=subject.key(),
+        )  # fmt: skip
         examples = more.pop("examples")
         more["blocks"] = [number + 1 for number in blocks]
         more["data"] = {
             "train_images": min(settings.max_train or len(first), len(first)),
             "test_images": more.pop("images"),
+            "bad_images": more.pop("bad_images"),
         }
         if subject.world.rank == 0:
             print(
@@ -419,7 +442,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = command.build_parser(
         "eval/depth.py", "Depth by a linear head on frozen patch tokens, as in DINOv2.", Settings
     )
-    command.add_data(parser, "images with depth to learn from, e.g. folder:NYU#train", "images to test on")
+    command.add_data(
+        parser, "images with depth to learn from, e.g. folder:NYU#train", "images to test on", kind="depth"
+    )
     return parser
 
 

@@ -26,7 +26,7 @@ from dinov2_fsdp.errors import UserError, run_cli
 from dinov2_fsdp.rng import generator
 from eval import command
 from eval.classes import check_sources
-from eval.features import Extracted, Features, check_finite, extract, not_finite, reduce_over_ranks
+from eval.features import Extracted, Features, check_finite, extract, not_finite, reduce_over_ranks, subset
 from eval.neighbours import knn_accuracy, labels_by_index
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def run(arguments: argparse.Namespace) -> Path | None:
                 f"k={max(settings.k)} is larger than the memory bank of {bank_size} images; "
                 f"use --k of at most {bank_size}"
             )
-        _check_few_shot(settings, train)
+        check_few_shot(settings, train)
         evaluation = command.Evaluation(
             subject, "knn", settings, {"train": train.spec, "test": test.spec}, arguments.output
         )
@@ -279,11 +279,17 @@ def run(arguments: argparse.Namespace) -> Path | None:
         )
 
 
-def _check_few_shot(settings: Settings, train: Source) -> None:
-    if settings.per_class and not settings.max_train:
-        assert train.labels is not None
-        for number in settings.per_class:
-            draw_per_class(train.labels, number, settings.seed, 0)
+def check_few_shot(settings: Settings, train: Source) -> None:
+    """Refuse few-shot banks that cannot be drawn, or are smaller than every k. Raises :class:`UserError`."""
+    assert train.labels is not None
+    labels = np.asarray(train.labels)[subset(train, settings.max_train)]
+    for number in settings.per_class:
+        size = len(draw_per_class(labels, number, settings.seed, 0))
+        if size < min(settings.k):
+            raise UserError(
+                f"--per-class {number} makes banks of {size} images, too few for --k {min(settings.k)}; "
+                f"use a --k of at most {size} too"
+            )
 
 
 def _sum_counts(counts: dict[str, int], world_size: int, device: torch.device) -> dict[str, int]:

@@ -182,7 +182,7 @@ def probe(
     heads = LinearHeads(
         inputs, rates, classes, steps, seed=settings.seed, rank=world.rank, world_size=world.size, device=world.device
     )
-    tag = f"{settings} {key}"
+    tag = f"{settings} {key} {train.fingerprint}"
     if partial is not None:
         heads.load(partial, tag)
     left = range(heads.step, steps)

@@ -11,6 +11,7 @@ C · Σ cross-entropy + ‖W‖² / 2, with a bias that is not penalised.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
@@ -43,6 +45,7 @@ from eval.features import (
     subset,
 )
 from eval.linear import hold_out
+from eval.resumption import file_of
 
 _HISTORY = 20
 _MAGNIFIED = 1e10
@@ -159,22 +162,45 @@ def path(
     settings: Settings,
     world_size: int = 1,
     advance: Callable[[int], None] = lambda _: None,
+    kept: Path | None = None,
+    rank: int = 0,
 ) -> list[tuple[float, Classifier]]:
-    """Return (C, classifier) for all values of C, rising; each search begins where the one before it ended."""
-    found: list[tuple[float, Classifier]] = []
-    for power in np.linspace(*settings.c_powers, settings.c_values):
-        c = float(10**power)
-        found.append(
-            (
-                c,
-                fit(
-                    rows, labels, classes, c, start=found[-1][1] if found else None, world_size=world_size,
-                    max_iterations=settings.max_iterations, tolerance=settings.tolerance,
-                ),
-            )
+    """Return (C, classifier) for all values of C, rising; each search begins where the one before it ended.
+
+    Args:
+        kept: folder of the classifiers that an interrupted path goes on from; rank 0 writes them.
+    """
+    values = [float(10**power) for power in np.linspace(*settings.c_powers, settings.c_values)]
+    found = list(zip(values, _kept_classifiers(kept, rows.device, world_size), strict=False))
+    advance(len(found))
+    for c in values[len(found) :]:
+        classifier = fit(
+            rows, labels, classes, c, start=found[-1][1] if found else None, world_size=world_size,
+            max_iterations=settings.max_iterations, tolerance=settings.tolerance,
         )  # fmt: skip
+        if kept is not None and rank == 0:
+            _keep(classifier, kept, len(found))
+        found.append((c, classifier))
         advance(1)
     return found
+
+
+def _keep(classifier: Classifier, folder: Path, number: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / ".classifier"
+    tensors = {"weight": classifier.weight, "bias": classifier.bias}
+    save_file({**tensors, "iterations": torch.tensor(classifier.iterations)}, draft)
+    draft.replace(folder / f"{number}.safetensors")
+
+
+def _kept_classifiers(folder: Path | None, device: torch.device, world_size: int) -> list[Classifier]:
+    """Return the classifiers of a path's first values of C that all ranks see in ``folder``."""
+    if folder is None:
+        return []
+    there = next(number for number in itertools.count() if not (folder / f"{number}.safetensors").is_file())
+    count = int(reduce_over_ranks(torch.tensor(there), world_size, device, dist.ReduceOp.MIN))
+    found = [load_file(folder / f"{number}.safetensors", str(device)) for number in range(count)]
+    return [Classifier(entry["weight"], entry["bias"], int(entry["iterations"])) for entry in found]
 
 
 def regress(
@@ -215,7 +241,9 @@ def regress(
 
     title = "values of C" if progress and world.rank == 0 else ""
     with progress_bar(title, settings.c_values + 1, unit="fits") as advance:
-        found = path(rows[~held], labels[~held], classes, settings, world.size, advance)
+        file = None if partial is None else file_of(partial, f"{settings} {key} {train.fingerprint}")
+        kept = None if file is None else file.with_suffix("")
+        found = path(rows[~held], labels[~held], classes, settings, world.size, advance, kept, world.rank)
         accuracies = [_percent(classifier, rows[held], labels[held], world) for _, classifier in found]
         best = int(np.argmax(accuracies))
         c, start = found[best]

@@ -31,7 +31,8 @@ def check_evaluations(config: Config) -> None:
     """Refuse evaluations that would end a run when their time comes; where ``eval.every`` is 0, nothing is checked.
 
     Raises:
-        UserError: a task is unknown, or its images are missing, have no labels, or differ in their classes.
+        UserError: a task is unknown, or its images are missing, have no labels, differ in their classes, or have
+            values for other sizes.
     """
     if Duration.parse(config.eval.every).value == 0:
         return
@@ -42,9 +43,26 @@ def check_evaluations(config: Config) -> None:
     assert test is not None  # the config's own rules see to it
     for task in config.eval.tasks:
         if task in DENSE:
-            from eval.pairs import open_pairs
+            from eval.dense import KEPT
+            from eval.pairs import ScenePairs, check_pairs, open_pairs
 
-            for spec in (train, test):
-                open_pairs(spec, task, cache)
+            for spec, used in ((train, min(config.eval.max_train or KEPT, KEPT)), (test, config.eval.max_test)):
+                pairs = open_pairs(spec, task, cache)
+                if task == "segmentation" and not isinstance(pairs, ScenePairs):
+                    c = config.eval
+                    try:
+                        check_pairs(pairs, c.classes, c.first_class, tuple(c.void), limit=used)
+                    except UserError as error:
+                        raise UserError(_as_keys(str(error))) from None
+                else:
+                    check_pairs(pairs, limit=used)
         else:
             check_sources(open_source(train, cache), open_source(test, cache))
+
+
+def _as_keys(message: str) -> str:
+    """Return a message about the flags of a task's command as one about the keys of a config."""
+    flags = {"--classes": "eval.classes", "--first-class": "eval.first_class", "--void": "eval.void"}
+    for flag, key in flags.items():
+        message = message.replace(flag, key)
+    return message

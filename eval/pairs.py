@@ -38,6 +38,11 @@ class Pairs(ABC):
 
     spec: str
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells these pairs from others."""
+        return self.spec
+
     @abstractmethod
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -102,6 +107,10 @@ class FilePairs(Pairs):
         self, spec: str, images: Source, targets: Source, pairs: NDArray[np.int64], scale: float = 0.0
     ) -> None:
         self.spec, self.images, self.targets, self.pairs, self.scale = spec, images, targets, pairs, scale
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.spec} {self.images.fingerprint} {self.targets.fingerprint}"
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -239,11 +248,12 @@ def _list_file(spec: str, base: str, name: str) -> str:
 
 
 def check_pairs(
-    pairs: Pairs, classes: int = 0, first: int = 0, void: tuple[int, ...] = (), title: str = ""
+    pairs: Pairs, classes: int = 0, first: int = 0, void: tuple[int, ...] = (), title: str = "", limit: int = 0
 ) -> list[tuple[int, int]]:
     """Return the sizes (height, width) of all images, after a look at every pair.
 
     Args:
+        limit: only so many pairs, the first ones; 0: all.
         classes: how many, from the value ``first`` on; other values must be in ``void``. 0: values are not looked at.
         title: of a progress bar; empty: none.
 
@@ -274,9 +284,10 @@ def check_pairs(
             raise UserError(f"'{pairs.spec}': {error}") from None
         return size
 
-    with ThreadPoolExecutor(_THREADS) as threads, progress_bar(title, len(pairs)) as advance:
+    count = min(limit or len(pairs), len(pairs))
+    with ThreadPoolExecutor(_THREADS) as threads, progress_bar(title, count) as advance:
         sizes = []
-        for size in threads.map(look, range(len(pairs))):
+        for size in threads.map(look, range(count)):
             sizes.append(size)
             advance(1)
     return sizes

@@ -13,11 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
+from PIL import Image
 
 from dinov2_fsdp.config import Config
-from dinov2_fsdp.data.sources import open_source
-from dinov2_fsdp.errors import UserError, nearest, run_cli
+from dinov2_fsdp.data.sources import BadImage, Source, open_source
+from dinov2_fsdp.errors import Parser, UserError, nearest, run_cli
 from dinov2_fsdp.weights import load_backbone, untrained_backbone
 from eval.components import pca_patches
 from eval.curves import draw_curves
@@ -55,9 +57,30 @@ def draw_pca(
     models = {"untrained": untrained_backbone(config)} if untrained else {}
     models["trained" if untrained else f"step {loaded.step}"] = loaded.model
     source = open_source(data or config.eval.test or config.data.train, config.data.cache)
-    pictures = [source.image(int(index)) for index in subset(source, images)]
+    pictures = readable_images(source, images)
     png = run / "pictures" / ("pca_foreground.png" if foreground else "pca.png")
     return pca_patches(models, pictures, png, size or 2 * config.eval.size, device, foreground=foreground)
+
+
+def readable_images(source: Source, count: int) -> list[Image.Image]:
+    """Return at most ``count`` images, spread over the source; others stand in for those that cannot be read.
+
+    Raises:
+        UserError: none can be read.
+    """
+    found: list[Image.Image] = []
+    complaint = ""
+    first = subset(source, count)
+    for index in [*first, *np.setdiff1d(subset(source, 4 * count + 100), first)]:
+        if len(found) == count:
+            break
+        try:
+            found.append(source.image(int(index)))
+        except BadImage as error:
+            complaint = f": {error}"
+    if not found:
+        raise UserError(f"'{source.spec}' has no image that can be read{complaint}")
+    return found
 
 
 def draw_all(
@@ -92,14 +115,14 @@ def draw_all(
     def attention() -> Path:
         model, config = _load(run, step)
         source = open_source(data or config.eval.test or config.data.train, config.data.cache)
-        chosen = [source.image(int(index)) for index in subset(source, min(images, _ATTENTION_IMAGES))]
+        chosen = readable_images(source, min(images, _ATTENTION_IMAGES))
         return draw_attention(model, chosen, pictures / "attention.png", size or 2 * config.eval.size, device)
 
     def neighbours() -> Path:
         model, config = _load(run, step)
         asked = open_source(data or config.eval.test or config.data.train, config.data.cache)
         gallery = open_source(config.eval.train or config.data.train, config.data.cache)
-        chosen = [asked.image(int(index)) for index in subset(asked, images)]
+        chosen = readable_images(asked, images)
         e = config.eval
         return draw_neighbours(model, chosen, gallery, pictures / "neighbours.png", e.size, e.resize, device)
 
@@ -126,7 +149,7 @@ def _load(run: Path, step: int | None) -> tuple[torch.nn.Module, Config]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="eval/pictures.py", description="Pictures of a run, as PNG files.")
+    parser = Parser(prog="eval/pictures.py", description="Pictures of a run, as PNG files.", allow_abbrev=False)
     add = parser.add_argument
     add("--run", metavar="DIR", required=True, help="a run directory; pictures go to DIR/pictures")
     add("--only", metavar="KIND", nargs="+", default=list(KINDS), help=f"which ones: {', '.join(KINDS)} (default: all)")

@@ -7,7 +7,6 @@ Pictures are those of ``eval/pictures.py`` as they lie in ``pictures/``; only th
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import math
@@ -19,9 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dinov2_fsdp.errors import UserError, run_cli
+from dinov2_fsdp.errors import Parser, UserError, run_cli
 from eval.curves import draw_curves
-from eval.results import read_leaderboard
+from eval.results import data_of, read_leaderboard
 
 FILE = "report.html"
 CAPTIONS = {
@@ -48,12 +47,13 @@ h1 { margin: 0; font-size: 1.8rem; } h2 { margin: 3rem 0 .8rem; font-size: 1.2re
 nav { margin-top: .6rem; } nav a { margin-right: 1.1rem; color: var(--accent); text-decoration: none; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(11.5rem, 1fr)); gap: .8rem;
   margin-top: 1.4rem; }
-.tile { padding: .8rem 1rem; border-radius: .5rem; background: var(--card); }
+.tile { padding: .8rem 1rem; border-radius: .5rem; background: var(--card); overflow-wrap: anywhere; }
 .tile b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { color: var(--faint); font-weight: 600; font-size: .82rem; } .number { text-align: right; }
+th { color: var(--faint); font-weight: 600; font-size: .82rem; }
+.number { text-align: right; white-space: nowrap; } .word { overflow-wrap: anywhere; }
 figure { margin: 1.2rem 0; } figure img { max-width: 100%; height: auto; border-radius: .4rem; background: #fff; }
 details { margin: .5rem 0; padding: .5rem .9rem; border: 1px solid var(--line); border-radius: .5rem; }
 summary { cursor: pointer; font-weight: 600; }
@@ -80,10 +80,7 @@ def write_report(run: Path) -> Path:
         ("Evaluations", _evaluations(run, lines, found)),
         ("Curves", _picture(run / "pictures" / "curves.png")),
         ("Pictures", _pictures(run, found)),
-        (
-            "Config",
-            f"<details><summary>config.yaml</summary><pre>{escape((run / 'config.yaml').read_text())}</pre></details>",
-        ),
+        ("Config", _config(run / "config.yaml")),
         ("Environment", _environment(run / "environment.json")),
     ]
     shown = [(title, body) for title, body in sections if body]
@@ -139,12 +136,13 @@ def _evaluations(run: Path, lines: list[dict[str, str]], found: list[Path]) -> s
     rows = "".join(
         f'<tr><td class="number">{escape(line["step"])}</td><td>{escape(line["task"])}</td>'
         f"<td>{escape(line['backbone'])}</td><td>{escape(line['metric'])}</td>"
-        f'<td class="number">{_number(line["value"], line["metric"])}</td><td>{escape(line["train"])}</td>'
-        f"<td>{escape(line['test'])}</td><td>{escape(line['date'][:16].replace('T', ' '))}</td></tr>"
+        f'<td class="number">{_number(line["value"], line["metric"])}</td><td class="word">{escape(line["train"])}</td>'
+        f'<td class="word">{escape(line["test"])}</td>'
+        f'<td class="number">{escape(line["date"][:16].replace("T", " "))}</td></tr>'
         for line in sorted(lines, key=lambda line: (line["task"], line["test"], int(line["step"] or 0)))
     )
     names = ("step", "task", "backbone", "metric", "value", "train", "test", "date")
-    head = "".join(f"<th{' class=number' if name in ('step', 'value') else ''}>{name}</th>" for name in names)
+    head = "".join(f"<th{' class=number' if name in ('step', 'value', 'date') else ''}>{name}</th>" for name in names)
     table = (
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>' if rows else ""
     )
@@ -159,6 +157,8 @@ def _details(run: Path, file: Path) -> str:
     )
     rest = {key: value for key, value in results.items() if key not in ("metrics", "heads", "path")}
     title = f"{results.get('task')} of {results.get('backbone')}, step {results.get('step')}"
+    if "data" in results:
+        title += f", on {data_of(results)['test']}"
     return (
         f"<details><summary>{escape(title)}</summary><table>{metrics}</table>"
         f"<pre>{escape(json.dumps(rest, indent=2, ensure_ascii=False))}</pre>"
@@ -220,15 +220,19 @@ def _read(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def main() -> int:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="eval/report.py", description="Write a run's evaluations, curves, pictures and config as one HTML page."
     )
     parser.add_argument(
         "--run", metavar="DIR", required=True, type=Path, help="a run directory; writes DIR/report.html"
     )
-    print(f"written to {write_report(parser.parse_args().run)}")
+    return parser
+
+
+def main() -> int:
+    """Run the command line."""
+    print(f"written to {write_report(_parser().parse_args().run)}")
     return 0
 
 

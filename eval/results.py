@@ -19,7 +19,7 @@ COLUMNS = ("date", "step", "task", "backbone", "metric", "value", "train", "test
 KEY = ("step", "task", "backbone", "metric", "train", "test")
 """Columns that make a line of the leaderboard the same evaluation as another one, which it then replaces."""
 PARTIAL = "features.partial"
-"""Folder, beside a task's results, of features that an interrupted evaluation goes on from."""
+"""Folder, beside a task's results, of what an interrupted evaluation goes on from: a folder for each data set."""
 
 
 def run_of(path: Path) -> Path | None:
@@ -31,21 +31,33 @@ def run_of(path: Path) -> Path | None:
     return None
 
 
-def task_folder(run: Path, step: int, task: str, data: dict[str, Any] | None = None) -> Path:
+def task_folder(run: Path, step: int, task: str, data: dict[str, str] | None = None) -> Path:
     """Return where the results of ``task`` on the checkpoint of ``step`` belong.
 
-    Results of other ``data`` (their ``train`` and ``test``) that are there already keep their place: the folder's name
-    then ends in a short hash of the data.
+    Results of other ``data`` (see :func:`data_of`) that are there already keep their place: the folder's name then
+    ends in a short hash of the data.
     """
     folder = run / "eval" / f"step_{step:08d}" / task
-    specs = [str((data or {}).get(name)) for name in ("train", "test")]
     try:
-        found = json.loads((folder / "results.json").read_text()).get("data", {})
-    except (OSError, ValueError):
+        found = data_of(json.loads((folder / "results.json").read_text()))
+    except (OSError, ValueError, AttributeError):
         return folder
-    if data is None or [str(found.get(name)) for name in ("train", "test")] == specs:
-        return folder
-    return folder.with_name(f"{task}_{hashlib.blake2b(json.dumps(specs).encode(), digest_size=3).hexdigest()}")
+    return folder if data is None or found == data else folder.with_name(f"{task}_{digest_of(data)}")
+
+
+def data_of(results: dict[str, Any]) -> dict[str, str]:
+    """Return what the images of ``train`` and ``test`` are, by the ``data`` and ``settings`` of results.
+
+    Part of a set (``max_train``, ``max_test``) is another set.
+    """
+    data, settings = results.get("data", {}), results.get("settings", {})
+    limits = {name: settings.get(f"max_{name}", 0) for name in ("train", "test")}
+    return {name: f"{data.get(name)}{f' ({limit} images)' if limit else ''}" for name, limit in limits.items()}
+
+
+def digest_of(data: dict[str, str]) -> str:
+    """Return a short hash of what :func:`data_of` says."""
+    return hashlib.blake2b(json.dumps([data["train"], data["test"]]).encode(), digest_size=3).hexdigest()
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> Path:
@@ -98,9 +110,9 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def folder_of(
-    run: Path | None, step: int | None, task: str, data: dict[str, Any], output: str | Path | None
+    run: Path | None, step: int | None, task: str, data: dict[str, str] | None, output: str | Path | None
 ) -> Path | None:
-    """Return where results go: ``output``, else where the run keeps those of its step, else None."""
+    """Return where results go: ``output``, else where the run keeps those of its step (and ``data``), else None."""
     if output is not None:
         return Path(output)
     return None if run is None or step is None else task_folder(run, step, task, data)
@@ -119,7 +131,8 @@ def record(
     Returns:
         The file, or None where there is neither a run nor ``output``.
     """
-    folder = folder_of(run, results["step"], task, results["data"], output)
+    data = data_of(results)
+    folder = folder_of(run, results["step"], task, data, output)
     if folder is None:
         print("not written anywhere: these weights belong to no run; give --output DIR to keep the results")
         return None
@@ -128,16 +141,9 @@ def record(
     if run is not None:
         line = {key: results[key] for key in ("step", "task", "backbone")}
         line |= {"metric": metric, "value": round(value, 4 if abs(value) < 10 else 3)}
-        line |= {name: _limited(results, name) for name in ("train", "test")}
-        add_to_leaderboard(run, {**line, "results": os.path.relpath(file, run)})
+        add_to_leaderboard(run, {**line, **data, "results": os.path.relpath(file, run)})
     print(f"written to {file}")
     return file
-
-
-def _limited(results: dict[str, Any], name: str) -> str:
-    """Return the spec of the data, and how many of its images were allowed: part of a set is another set."""
-    limit = results.get("settings", {}).get(f"max_{name}", 0)
-    return f"{results['data'][name]}{f' ({limit} images)' if limit else ''}"
 
 
 def _now() -> str:

@@ -51,6 +51,7 @@ from eval.features import (
     reduce_over_ranks,
 )
 from eval.metrics import average_precision, revisited_map
+from eval.rows import KEPT, Rows, RowsOnDisk
 
 _SAFE = {
     ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy.core.multiarray", "_reconstruct"),
@@ -162,29 +163,37 @@ def whole_image_features(
     patch: int,
     world: World,
     title: str = "",
+    partial: Path | None = None,
+    key: dict[str, Any] | None = None,
 ) -> Tensor:
     """Return the class tokens (n, D) of images of any shape, one at a time, spread over ranks; the same on all.
 
     Args:
         boxes: left, top, right, bottom of the part that is looked at, pixels; None: all of it.
+        partial, key: see :func:`eval.features.extract`.
 
     Raises:
         BadImage: an image cannot be read; the lists count on every one of them.
     """
-    rows = []
-    with torch.no_grad(), progress_bar(title if world.rank == 0 else "", -(-len(indices) // world.size)) as advance:
-        for place in own_share(len(indices), world.rank, world.size):
+    share = list(own_share(len(indices), world.rank, world.size))
+    store, start = Rows(len(share)), 0
+    if partial is not None:
+        images = {"images": source.fingerprint, "chosen": [*map(int, indices)], "boxes": [*boxes], "size": size}
+        store = RowsOnDisk(len(share), partial / f"rank_{world.rank}_of_{world.size}", {**images, **(key or {})})
+        start = int(reduce_over_ranks(torch.tensor(store.done()), world.size, world.device, dist.ReduceOp.MIN))
+    with torch.no_grad(), progress_bar(title if world.rank == 0 else "", len(share), start) as advance:
+        for number, place in enumerate(share[start:], start):
             advance(1)
-            if place is None:  # a sharded backbone's forward is collective
-                features(torch.zeros(1, 3, patch, patch, device=world.device))
-                continue
-            image, box = source.image(indices[place]), boxes[place]
-            image = image if box is None else image.crop(tuple(map(round, box)))  # type: ignore[arg-type]
-            pixels = torch.from_numpy(to_input(fit_inside(image, size, patch)))[None].to(world.device)
-            rows.append(class_token(features(pixels)).float().cpu())
-    own = torch.cat(rows) if rows else torch.empty(0, 1)
-    width = int(reduce_over_ranks(torch.tensor(own.shape[1]), world.size, world.device, dist.ReduceOp.MAX))
-    own = own if rows else torch.empty(0, width)
+            pixels = torch.zeros(1, 3, patch, patch, device=world.device)
+            if place is not None:  # others still have one, and a sharded backbone's forward is collective
+                image, box = source.image(indices[place]), boxes[place]
+                image = image if box is None else image.crop(tuple(map(round, box)))  # type: ignore[arg-type]
+                pixels = torch.from_numpy(to_input(fit_inside(image, size, patch)))[None].to(world.device)
+            row = class_token(features(pixels)).float().cpu()
+            store.write(number, row, np.full(1, KEPT, np.uint8))
+    store.save()
+    assert store.rows is not None
+    own = store.rows[: sum(place is not None for place in share)]
     everyone = gather_rows(own, world.size, world.device)
     order = np.concatenate([np.arange(rank, len(indices), world.size) for rank in range(world.size)])
     return everyone[torch.from_numpy(np.argsort(order))]
@@ -236,8 +245,11 @@ def _by_lists(arguments: argparse.Namespace, subject: command.Subject, settings:
         (queries, lists.boxes, "queries"),
     ):
         found.append(
-            whole_image_features(features, source, indices, boxes, settings.size, subject.patch, subject.world, title)
-        )
+            whole_image_features(
+                features, source, indices, boxes, settings.size, subject.patch, subject.world, title,
+                evaluation.partial(title), subject.key(features="class token"),
+            )
+        )  # fmt: skip
     _check(found)
     metrics = revisited_map(rank_gallery(found[1], found[0]), lists.relevance)
     if subject.world.rank == 0:
@@ -308,8 +320,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--images", metavar="SPEC", help="all images of the lists, e.g. folder:roxford5k/jpg")
     add("--lists", metavar="FILE", help="gallery, queries and relevance, e.g. gnd_roxford5k.pkl, or JSON")
-    add("--gallery", metavar="SPEC", help="instead of lists: labelled images to find; the same class is relevant")
-    add("--queries", metavar="SPEC", help="instead of lists: labelled images to ask with")
+    command.add_data(
+        parser,
+        "instead of lists: labelled images to find; the same class is relevant",
+        "instead of lists: labelled images to ask with",
+        names=("gallery", "queries"),
+    )
     return parser
 
 

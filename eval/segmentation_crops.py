@@ -6,6 +6,8 @@ evaluations use.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -22,15 +24,22 @@ LONGEST = 4.0
 
 
 def training_sample(
-    image: Image.Image, labels: NDArray[np.uint8], short_side: int, crop: int, rng: np.random.Generator
+    image: Image.Image,
+    labels: NDArray[np.uint8],
+    short_side: int,
+    crop: int,
+    rng: np.random.Generator,
+    scales: tuple[float, float] = SCALES,
+    longest: float = LONGEST,
 ) -> Sample:
     """Return a random crop: image (3, crop, crop) and classes (crop, crop) int64, ``VOID`` beyond the image's edges.
 
-    The shorter side becomes ``short_side`` times a factor in [.5, 2]; a crop with more than 75 % of one class is drawn
+    The shorter side becomes ``short_side`` times a factor within ``scales``, or less where the longer one would exceed
+    ``longest`` (0: any) times that; a crop with more than 75 % of one class is drawn
     anew, ten times at most; flipped half of the time; colours distorted.
     """
-    factor = rng.uniform(*SCALES)
-    size = short_side_size(labels.shape[0], labels.shape[1], short_side * factor, LONGEST * short_side * factor)
+    short = short_side * rng.uniform(*scales)
+    size = short_side_size(labels.shape[0], labels.shape[1], short, (longest or math.inf) * short)
     image = image.resize(size[::-1], Image.Resampling.BILINEAR)
     labels = np.asarray(Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST))
     top, left = _varied_crop(labels, crop, rng)

@@ -1,7 +1,10 @@
-"""Evaluate a run: ``python launchers/eval.py --run runs/NAME --tasks knn pictures [eval.KEY=VALUE …]``.
+"""Evaluate a run: ``python launchers/eval.py --run runs/NAME --tasks knn pictures [KEY=VALUE …]``.
 
 Each task is a command of its own under ``eval/``. On a cluster's login node each task and checkpoint becomes a job;
 elsewhere, and with ``--local``, they run here, one after the other. ``--watch`` evaluates each new checkpoint.
+
+``eval.KEY=VALUE`` concerns all tasks, ``TASK.FLAG=VALUE`` is a flag of one: ``segmentation.data=tar:camvid.tar
+segmentation.classes=11``.
 """
 
 from __future__ import annotations
@@ -14,13 +17,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dinov2_fsdp.errors import EXIT_FAILED, UserError, nearest, run_cli
-from launchers.cluster.options import Parser, add_job_arguments, given_options
+from dinov2_fsdp.errors import EXIT_FAILED, Parser, UserError, nearest, run_cli
+from launchers.cluster.options import add_job_arguments, given_options
 
 if TYPE_CHECKING:
     from launchers.cluster.evaluations import Work
@@ -93,8 +97,37 @@ def commands(run: Path, tasks: list[str], step: int | None, overrides: list[str]
     check_tasks(tasks)
     if not (run / "config.yaml").is_file():
         raise UserError(f"--run {run} is no run directory (it holds no config.yaml); give one like runs/demo")
-    values = _checked(run, overrides)
-    return [[sys.executable, *TASKS[name].command(run.resolve(), step, values)] for name in dict.fromkeys(tasks)]
+    own = {name: [word for word in overrides if word.startswith(f"{name}.")] for name in TASKS}
+    for name, words in own.items():
+        if words and name not in tasks:
+            raise UserError(f"'{words[0]}' is a flag of {name}, which is not among --tasks {' '.join(tasks)}")
+    values = _checked(run, [word for word in overrides if word.partition(".")[0] not in TASKS])
+    found = []
+    for name in dict.fromkeys(tasks):
+        command = [*TASKS[name].command(run.resolve(), step, values), *_own_flags(own[name])]
+        if own[name]:
+            _check_flags(command)
+        found.append([sys.executable, *command])
+    return found
+
+
+def _own_flags(words: list[str]) -> list[str]:
+    """Return the flags of ``TASK.FLAG=VALUE`` words; true and false switch a flag, ``[a,b]`` holds several values."""
+    flags: list[str] = []
+    for word in words:
+        key, _, value = word.partition("=")
+        name = key.partition(".")[2].replace("_", "-")
+        if value.lower() in ("true", "false"):
+            flags.append(f"--{'' if value.lower() == 'true' else 'no-'}{name}")
+            continue
+        several = value.startswith("[") and value.endswith("]")
+        flags += [f"--{name}", *(part.strip() for part in (value[1:-1].split(",") if several else [value]))]
+    return flags
+
+
+def _check_flags(command: list[str]) -> None:
+    """Refuse what the task's own command line would refuse, before anything has started. Raises :class:`UserError`."""
+    import_module(f"eval.{Path(command[0]).stem}")._parser().parse_args(command[1:])
 
 
 def check_tasks(tasks: list[str]) -> None:
@@ -157,7 +190,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     add_job_arguments(parser, leave_out=("preflight", "meet_seconds", "max_requeues", "max_restarts"))
     parser.add_argument(
-        "overrides", metavar="KEY=VALUE", nargs="*", help="settings of the evaluation, e.g. eval.size=448"
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="settings of all tasks, e.g. eval.size=448, or a flag of one, e.g. segmentation.classes=11",
     )
     return parser
 

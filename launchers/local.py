@@ -28,7 +28,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dinov2_fsdp.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER_ERROR, RunFailed, UserError, run_cli, show
+from dinov2_fsdp.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    Parser,
+    RunFailed,
+    UserError,
+    run_cli,
+    show,
+)
 from dinov2_fsdp.parallel.place import (
     Place,
     available_cores,
@@ -48,7 +57,7 @@ GRACE = 10.0
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="launchers/local.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

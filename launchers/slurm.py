@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dinov2_fsdp.errors import run_cli
-from launchers.cluster.options import Parser, add_job_arguments
+from dinov2_fsdp.errors import Parser, run_cli
+from launchers.cluster.options import add_job_arguments
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

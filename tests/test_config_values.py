@@ -109,8 +109,8 @@ ZERO_IS_MEANINGLESS = (
     "loss.student_temperature", "loss.teacher_temperature", "loss.teacher_temperature_start",
     "loss.sinkhorn_iterations", "optim.layer_decay", "optim.patch_embed_lr", "train.batch", "train.microbatch",
     "train.max_nonfinite", "parallel.replicate", "parallel.timeout", "checkpoint.keep", "eval.resize", "eval.size",
-    "eval.batch", "eval.k", "eval.temperature", "crops.global_scale", "crops.local_scale", "masks.ratio",
-    "parallel.blocks_per_unit", "parallel.prefetch",
+    "eval.batch", "eval.k", "eval.temperature", "eval.classes", "crops.global_scale", "crops.local_scale",
+    "masks.ratio", "parallel.blocks_per_unit", "parallel.prefetch",
 )  # fmt: skip
 AT_MOST_ONE = (
     "crops.flip", "crops.jitter", "crops.gray", "crops.solarize", "crops.jitter_strength", "masks.probability",
@@ -121,7 +121,7 @@ RANGES = ("crops.global_scale", "crops.local_scale", "masks.ratio")
 CHOICES = (
     "model.arch", "model.ffn", "crops.blur", "loss.centering", "optim.name", "optim.lr_scaling", "optim.clip_scope",
     "train.precision", "parallel.device", "parallel.attention", "parallel.activation_checkpointing",
-    "parallel.reduce_precision", "parallel.heads_precision",
+    "parallel.reduce_precision", "parallel.heads_precision", "crops.implementation",
 )  # fmt: skip
 DURATIONS = (
     "train.duration", "loss.teacher_temperature_warmup", "optim.warmup", "optim.freeze_prototypes",

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dinov2_fsdp.data.sources import BadImage, decode
+from dinov2_fsdp.data.sources.decoding import LazyImage
 
 
 def photograph(mode: str = "RGB", size: tuple[int, int] = (64, 48)) -> Image.Image:
@@ -143,3 +144,71 @@ def test_values_without_a_known_range_are_bad() -> None:
 def test_a_bad_image_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(BadImage("a.jpg", "because")))
     assert (error.name, error.reason, str(error)) == ("a.jpg", "because", "a.jpg: because")
+
+
+# -- size first, pixels later -----------------------------------------------------------------------------------------
+
+
+def oriented(orientation: int, file_format: str = "JPEG") -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return saved(photograph(size=(6, 4)).resize((67, 45)), file_format, exif=exif)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_said_first_is_that_of_the_upright_image(orientation: int, file_format: str) -> None:
+    data = oriented(orientation, file_format)
+    image = LazyImage(data, "x")
+    assert (image.width, image.height) == decode(data, "x").size == ((45, 67) if orientation > 4 else (67, 45))
+
+
+def test_a_jpeg_file_is_not_decoded_for_its_size() -> None:
+    whole = saved(photograph(size=(640, 480)), "JPEG")
+    assert LazyImage(whole[: len(whole) // 2], "x").width == 640
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *[saved(photograph(mode, (67, 45)), "JPEG") for mode in ("L", "RGB", "CMYK", "YCbCr")],
+        saved(photograph(size=(67, 45)), "JPEG", progressive=True),
+        saved(photograph(size=(67, 45)), "JPEG", subsampling=2),
+        saved(photograph(size=(67, 45)), "PNG"),
+        *[oriented(orientation) for orientation in (1, 3, 6)],
+    ],
+    ids=["grey", "RGB", "CMYK", "YCbCr", "progressive", "4:2:0", "PNG", "upright", "overhead", "on its side"],
+)
+def test_pixels_are_those_of_the_exact_image(data: bytes) -> None:
+    np.testing.assert_array_equal(LazyImage(data, "x").pixels(), np.asarray(decode(data, "x")))
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_file_is_decoded_at_a_reduced_size_as_by_pillow(mode: str, reduction: int) -> None:
+    data = saved(photograph(mode, (67, 45)), "JPEG")
+    drafted = Image.open(io.BytesIO(data))
+    drafted.draft(None, (67 // reduction, 45 // reduction))
+    pixels = LazyImage(data, "x").pixels(reduction)
+    assert pixels.shape == (-(-45 // reduction), -(-67 // reduction), 3)
+    np.testing.assert_array_equal(pixels, np.asarray(drafted.convert("RGB")))
+
+
+def test_a_reduced_image_is_upright() -> None:
+    for orientation in range(1, 9):
+        data = oriented(orientation)
+        small, whole = LazyImage(data, "x").pixels(4), decode(data, "x")
+        resized = np.asarray(whole.resize(small.shape[1::-1], Image.Resampling.BOX))
+        assert np.corrcoef(small.ravel(), resized.ravel())[0, 1] > 0.9
+
+
+def test_other_files_are_not_reduced() -> None:
+    image = LazyImage(saved(photograph(), "PNG"), "x")
+    assert not image.reducible
+    assert image.pixels(4).shape == (48, 64, 3)
+
+
+def test_an_image_that_is_there_already_is_taken_as_it_is() -> None:
+    image = LazyImage.of(photograph())
+    assert (image.width, image.height, image.reducible) == (64, 48, False)
+    np.testing.assert_array_equal(image.pixels(2), np.asarray(photograph()))

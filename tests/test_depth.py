@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from ranks import run_on_ranks
 from tiny import tiny_backbone, tiny_images
 
+from dinov2_fsdp.data.sources import BadImage
 from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.parallel.world import World
 from eval.depth import (
@@ -48,8 +50,8 @@ class Ramps(Pairs):
 
     spec = "ramps"
 
-    def __init__(self, count: int, seed: int = 0) -> None:
-        self.count, self.seed = count, seed
+    def __init__(self, count: int, seed: int = 0, broken: tuple[int, ...] = ()) -> None:
+        self.count, self.seed, self.broken = count, seed, broken
 
     def __len__(self) -> int:
         return self.count
@@ -61,6 +63,8 @@ class Ramps(Pairs):
         return 24, 32
 
     def target(self, index: int) -> np.ndarray:
+        if index in self.broken:
+            raise BadImage(self.name(index), "truncated")
         rng = np.random.default_rng([self.seed, index])
         rows, columns = np.linspace(*rng.uniform(0, 4, 2), 24), np.linspace(*rng.uniform(1, 5, 2), 32)
         depth = (rows[:, None] + columns).astype(np.float32)
@@ -71,8 +75,10 @@ class Ramps(Pairs):
         return Image.fromarray(np.repeat((self.target(index) * 25)[..., None], 3, axis=2).astype(np.uint8))
 
 
-def measured(world: World = ALONE, settings: Settings = SMALL) -> tuple[dict[str, float], dict[str, Any]]:
-    return estimate(grid, PATCH, Ramps(20), Ramps(7, seed=1), settings, world, progress=False)
+def measured(
+    world: World = ALONE, settings: Settings = SMALL, broken: tuple[int, ...] = (), **more: Any
+) -> tuple[dict[str, float], dict[str, Any]]:
+    return estimate(grid, PATCH, Ramps(20), Ramps(7, 1, broken), settings, world, progress=False, **more)
 
 
 def test_a_head_learns_depth_that_brightness_tells() -> None:
@@ -83,18 +89,35 @@ def test_a_head_learns_depth_that_brightness_tells() -> None:
     assert more["images"] == 7
 
 
-def _on_a_rank() -> Any:
+def _on_a_rank(broken: tuple[int, ...]) -> Any:
     world = World(dist.get_rank(), dist.get_world_size(), 0, CPU)
-    metrics, more = measured(world, replace(SMALL, train_batch=5, iterations=103))
-    return metrics, more["images"]
+    metrics, more = measured(world, replace(SMALL, train_batch=5, iterations=103), broken)
+    return metrics, (more["images"], more["bad_images"])
 
 
 @pytest.mark.distributed
-def test_ranks_share_images_and_find_what_one_finds() -> None:
-    alone, _ = measured(settings=replace(SMALL, train_batch=5, iterations=103))
-    for metrics, images in run_on_ranks(_on_a_rank, 2):
-        assert images == 7
+@pytest.mark.filterwarnings("ignore:left out")
+@pytest.mark.parametrize("broken", [(), (5,)])
+def test_ranks_share_images_and_find_what_one_finds(broken: tuple[int, ...]) -> None:
+    alone, _ = measured(settings=replace(SMALL, train_batch=5, iterations=103), broken=broken)
+    for metrics, counts in run_on_ranks(_on_a_rank, 2, broken):
+        assert counts == (7 - len(broken), len(broken))
         assert metrics == pytest.approx(alone, rel=1e-3)
+
+
+def test_images_whose_depth_cannot_be_read_are_left_out_and_named() -> None:
+    with pytest.warns(UserWarning, match="left out of the evaluation: ramps:3: truncated"):
+        _, more = measured(settings=replace(SMALL, iterations=1), broken=(3,))
+    assert (more["images"], more["bad_images"]) == (6, 1)
+
+
+def test_a_trained_head_is_not_trained_again_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, _ = measured(partial=tmp_path)
+    monkeypatch.setattr(DepthEstimator, "_loss", lambda *_: pytest.fail("a step was taken"))
+    second, _ = measured(partial=tmp_path)
+    assert first == second
 
 
 def test_depth_is_the_mean_of_the_bins_under_linearly_normalised_weights() -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from training import tiny_run, train_alone
 
+from dinov2_fsdp.data.sources import BadImage
 from dinov2_fsdp.errors import UserError
-from eval import depth, knn, linear, logistic, pictures, retrieval, segmentation
+from dinov2_fsdp.parallel.world import World
+from eval import command, depth, knn, linear, logistic, pictures, report, retrieval, segmentation
 from eval.report import write_report
 from eval.results import read_leaderboard
 
@@ -116,6 +121,65 @@ def test_a_task_on_two_processes_finds_what_it_finds_on_one(run: Path, tmp_path:
     assert found["data"] == alone["data"]
     for name in ("knn_1", "knn_5"):  # rounding may move an image across a boundary
         assert found["metrics"][name] == pytest.approx(alone["metrics"][name], abs=5.1)
+
+
+@pytest.mark.parametrize("module", [knn, linear, logistic, segmentation, depth, retrieval, pictures, report])
+def test_an_unknown_flag_is_one_message_with_the_nearest_one(module: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        module._parser().parse_args(["--run", "x", "--devcie", "cpu", "--rnu", "x"])
+    assert len(str(caught.value).splitlines()) == 2
+    assert "unrecognized arguments: " in str(caught.value)
+
+
+def test_an_image_that_cannot_be_read_where_all_count_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "_load", lambda *_: None)
+    arguments = knn._parser().parse_args(["--weights", "x"])
+    with pytest.raises(UserError, match=r"a\.jpg: truncated\nmend or remove"), command.open_subject(arguments):
+        raise BadImage("a.jpg", "truncated")
+
+
+def test_what_is_kept_for_an_interruption_is_told_apart_by_its_images(tmp_path: Path) -> None:
+    subject: Any = SimpleNamespace(run=None, step=0, name=str)
+
+    def partial(test: str = "a", limit: int = 0) -> Path | None:
+        settings = knn.Settings(max_test=limit)
+        return command.Evaluation(subject, "knn", settings, {"train": "b", "test": test}, str(tmp_path)).partial("x")
+
+    assert partial() == partial()
+    assert len({partial(), partial("c"), partial(limit=5)}) == 3
+
+
+def _complain(rank: int, port: int, messages: list[str | None], answers: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+    message = messages[rank]
+    if message is not None:
+        answers.put((rank, command.rank_0_says(World(rank, 2, rank, torch.device("cpu"), store), message)))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("messages", "silent"), [(["same", "same"], True), (["other", "same"], False), ([None, "same"], False)]
+)
+def test_a_mistake_that_all_ranks_find_is_shown_by_the_first(
+    messages: list[str | None], silent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch.distributed as dist
+
+    monkeypatch.setattr(command, "_SECONDS_FOR_RANK_0", 1.0 if messages[0] is None else 60.0)
+    served = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    ranks = [context.Process(target=_complain, args=(rank, served.port, messages, answers)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    found = dict(answers.get(timeout=100) for message in messages if message is not None)
+    for rank in ranks:
+        rank.join()
+    assert found[1] is silent
+    assert not found.get(0)
 
 
 @pytest.mark.parametrize("module", [knn, linear, logistic, segmentation, depth, retrieval])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,14 @@ def test_gathering_completes_the_leaderboard_and_doubles_nothing(run: Path) -> N
         ("4", "linear", "0.5"),
     ]
     assert len(gather(run)) == 2
+
+
+def test_gathering_does_not_double_what_looked_at_a_part_of_the_images(run: Path) -> None:
+    part = {"settings": {"max_train": 0, "max_test": 10}}
+    write_results(run, 2, "knn", **part)
+    (run / "leaderboard.csv").unlink(missing_ok=True)
+    assert [line["test"] for line in gather(run)] == ["b (10 images)"]
+    assert len(gather(run)) == 1
 
 
 def test_results_that_are_being_written_are_left_for_later(run: Path) -> None:
@@ -232,6 +241,28 @@ def test_every_task_and_step_becomes_a_piece_of_work(run: Path, monkeypatch: pyt
         "knn at step 2", "pictures at step 2", "knn at step 4", "pictures at step 4",
     ]  # fmt: skip
     assert submitted[0].command[:1] == ("eval/knn.py",)
+
+
+def test_flags_of_one_task_reach_that_task_alone(run: Path) -> None:
+    words = ["segmentation.classes=11", "segmentation.ratios=[1,1.5]", "linear.augment=false", "linear.also=a=folder:x"]
+    found = launcher.commands(run, ["knn", "linear", "segmentation"], 2, ["eval.max_test=5", *words])
+    knn, linear, segmentation = ([*command[command.index("--step") + 2 :]] for command in found)
+    assert knn == ["--max-test", "5"]
+    assert linear == ["--max-test", "5", "--no-augment", "--also", "a=folder:x"]
+    assert segmentation == ["--max-test", "5", "--classes", "11", "--ratios", "1", "1.5"]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("segmentation.clases=11", "--clases 11; did you mean '--classes'"),
+        ("segmentation.classes=many", "argument --classes: invalid int value: 'many'"),
+        ("depth.layers=4", "'depth.layers=4' is a flag of depth, which is not among --tasks segmentation"),
+    ],
+)
+def test_a_wrong_flag_of_a_task_is_refused_before_anything_starts(run: Path, word: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        launcher.commands(run, ["segmentation"], 2, [word])
 
 
 def test_an_evaluation_asks_for_one_gpu_unless_the_run_was_trained_on_cpus(run: Path) -> None:

@@ -6,10 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from evaluation import CPU
+from PIL import Image
 from ranks import run_on_ranks
 from source_files import grow
 from tiny import tiny_config
@@ -68,10 +70,30 @@ def test_images_of_other_classes_are_refused_before_the_run(tmp_path: Path) -> N
 
 def test_dense_tasks_need_a_value_per_pixel_and_no_classes(tmp_path: Path) -> None:
     grow(tmp_path, *(f"{kind}/{split}/0.png" for kind in ("images", "annotations") for split in ("train", "val")))
+    for split in ("train", "val"):
+        size = Image.open(tmp_path / "images" / split / "0.png").size
+        Image.new("L", size, 1).save(tmp_path / "annotations" / split / "0.png")
     sets = {"eval__every": "1it", "eval__tasks": ["segmentation"], "eval__train": f"folder:{tmp_path}#train"}
     check_evaluations(tiny_config(**sets, eval__test=f"folder:{tmp_path}#val"))
+    Image.new("L", (7, 5)).save(tmp_path / "annotations" / "val" / "0.png")
+    with pytest.raises(UserError, match="but its annotation 7×5"):
+        check_evaluations(tiny_config(**sets, eval__test=f"folder:{tmp_path}#val"))
     with pytest.raises(UserError, match="names no images with annotations"):
         check_evaluations(tiny_config(**sets, eval__test=f"folder:{tmp_path}/images"))
+
+
+def test_annotations_are_read_as_the_config_numbers_them_and_others_refused(tmp_path: Path) -> None:
+    grow(tmp_path, *(f"{kind}/{split}/0.png" for kind in ("images", "annotations") for split in ("train", "val")))
+    for split in ("train", "val"):
+        width, height = Image.open(tmp_path / "images" / split / "0.png").size
+        values = (np.arange(width * height) % 12).reshape(height, width)  # 11 classes from 0 on, and 11 for void
+        Image.fromarray(values.astype(np.uint8)).save(tmp_path / "annotations" / split / "0.png")
+    sets = {"eval__every": "1it", "eval__tasks": ["segmentation"]}
+    sets |= {"eval__train": f"folder:{tmp_path}#train", "eval__test": f"folder:{tmp_path}#val"}
+    numbering = {"eval__classes": 11, "eval__first_class": 0, "eval__void": [11]}
+    check_evaluations(tiny_config(**sets, **numbering))
+    with pytest.raises(UserError, match=r"neither a class .*\n.*eval\.classes, eval\.first_class or eval\.void"):
+        check_evaluations(tiny_config(**sets, **{**numbering, "eval__void": []}))
 
 
 @pytest.mark.slow

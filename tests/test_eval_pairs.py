@@ -66,6 +66,15 @@ def test_a_size_that_differs_is_named_with_both_sizes(tmp_path: Path) -> None:
         check_pairs(pairs, 4)
 
 
+def test_pairs_beyond_the_limit_are_not_looked_at(tmp_path: Path) -> None:
+    write(tmp_path, "training", [(8, 12), (6, 5), (9, 9)])
+    Image.new("L", (3, 3)).save(tmp_path / "annotations" / "training" / "scene" / "a002.png")
+    pairs = open_pairs(f"folder:{tmp_path}#training", "segmentation", tmp_path / "cache")
+    assert check_pairs(pairs, limit=2) == [(8, 12), (6, 5)]
+    with pytest.raises(UserError, match="a002"):
+        check_pairs(pairs)
+
+
 def test_an_image_that_lies_on_its_side_has_its_upright_size(tmp_path: Path) -> None:
     write(tmp_path, "training", [(8, 10)])
     exif = Image.Exif()

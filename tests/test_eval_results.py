@@ -65,6 +65,17 @@ def test_part_of_a_data_set_does_not_replace_the_whole(run: Path) -> None:
     assert sorted(line["test"] for line in read_leaderboard(run)) == ["c", "c (100 images)"]
 
 
+@pytest.mark.parametrize("limit", ["max_train", "max_test"])
+def test_results_of_part_of_a_data_set_do_not_take_the_place_of_those_of_the_whole(run: Path, limit: str) -> None:
+    whole = record(results(), "knn", "knn_20", run)
+    part = record(results(settings={limit: 100}, metrics={"knn_20": 1.0}), "knn", "knn_20", run)
+    assert whole is not None
+    assert part not in (None, whole)
+    assert json.loads(whole.read_text())["value"] == 61.2345
+    assert part == record(results(settings={limit: 100}), "knn", "knn_20", run)
+    assert len(list(run.glob("eval/*/*/results.json"))) == 2
+
+
 def _write(run: Path, number: int) -> None:
     for step in range(20):
         add_to_leaderboard(run, {**LINE, "step": 100 * number + step})

@@ -380,6 +380,21 @@ def test_more_images_of_a_class_than_there_are_is_refused() -> None:
         knn.draw_per_class(np.array([0, 0, 0, 0, 1, 1, 1]), 4, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--per-class", "1", "--k", "20"), "--per-class 1 makes banks of 10 images, too few for --k 20"),
+        (("--per-class", "2", "--k", "5", "--max-train", "10"), "--per-class 2 is more than the 1 images of class"),
+    ],
+)
+def test_few_shot_banks_that_cannot_be_are_refused_before_any_image_is_read(
+    words: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(knn, "features_of_both", lambda *_, **__: pytest.fail("images were read"))
+    with pytest.raises(UserError, match=message):
+        knn.run(_arguments("--pixels", "--train", _SCENES[0], "--test", _SCENES[1], *_SIZES, *words))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory.
 

@@ -72,6 +72,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Before anything starts.
 
 
+def test_a_wrong_option_is_answered_with_the_nearest_and_not_with_all() -> None:
+    assert "unrecognized arguments: --confg; did you mean '--config'?" in refusal(LAUNCHER, "--confg", "x.yaml")
+
+
 def test_a_directory_with_another_run_is_refused_with_the_ways_out(finished: Path) -> None:
     arguments = ["--config", str(finished.with_suffix(".yaml")), "seed=7", "optim.lr=0.5"]
     message = refusal(LAUNCHER, *arguments)

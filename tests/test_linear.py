@@ -208,6 +208,26 @@ def test_heads_of_other_settings_are_not_gone_on_from(tmp_path: Path) -> None:
     assert not LinearHeads({"a": (0, 4)}, [0.1], 3, steps=9).load(tmp_path, "two")
 
 
+def test_heads_of_other_images_are_not_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(SMALL, augment=False)
+    task(settings, partial=tmp_path)
+    steps: list[int] = []
+    original = LinearHeads.train_step
+    monkeypatch.setattr(LinearHeads, "train_step", lambda self, *rest: (steps.append(1), original(self, *rest))[1])
+    task(settings, partial=tmp_path)
+    assert not steps
+    monkeypatch.setattr(TableSource, "__init__", _renamed(TableSource.__init__))
+    task(settings, partial=tmp_path)
+    assert steps
+
+
+def _renamed(original: Any) -> Any:
+    def renamed(self: TableSource, *positional: Any, spec: str, **named: Any) -> None:
+        original(self, *positional, spec=f"other {spec}", **named)
+
+    return renamed
+
+
 def _on_a_rank(augment: bool) -> Any:
     import torch.distributed as dist
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.parallel.world import World
+from eval import logistic
 from eval.logistic import Settings, check, fit, path, regress
 
 ALONE = World(0, 1, 0, CPU)
@@ -54,11 +56,37 @@ def test_the_path_has_the_published_45_values_and_ends_where_single_fits_end() -
     torch.testing.assert_close(found[22][1].weight, alone.weight, rtol=0, atol=1e-6)
 
 
-def task(world: World = ALONE, settings: Settings = SMALL) -> tuple[dict[str, float], dict[str, Any]]:
+def test_a_path_that_was_interrupted_goes_on_from_the_last_value_of_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, found = task()
+    fitted: list[float] = []
+
+    def stopping(*positional: Any, **named: Any) -> Any:
+        if len(fitted) == 2:
+            fitted.append(0.0)
+            raise InterruptedError
+        fitted.append(positional[3])
+        return fit(*positional, **named)
+
+    monkeypatch.setattr(logistic, "fit", stopping)
+    with pytest.raises(InterruptedError):
+        task(partial=tmp_path)
+    fitted[:] = [0.0] * 3
+    again, found_again = task(partial=tmp_path)
+    assert fitted[3:] == pytest.approx([1.0, 100.0, found["c"]])
+    assert again == whole
+    assert found_again["path"] == found["path"]
+    fitted[:] = [0.0] * 3
+    task(settings=replace(SMALL, max_iterations=5), partial=tmp_path)
+    assert len(fitted) == 3 + 5, "classifiers of other settings were gone on from"
+
+
+def task(world: World = ALONE, settings: Settings = SMALL, **more: Any) -> tuple[dict[str, float], dict[str, Any]]:
     rows, labels = blobs(300, 1, noise=1.8)
     train: Any = TableSource(labels[:200].tolist(), spec="train")
     test: Any = TableSource(labels[200:].tolist(), first=200, spec="test")
-    return regress(TableFeatures(rows[:, None]), train, test, settings, world, progress=False)
+    return regress(TableFeatures(rows[:, None]), train, test, settings, world, progress=False, **more)
 
 
 def test_c_is_chosen_on_held_out_images_and_the_last_fit_sees_all_training_images() -> None:

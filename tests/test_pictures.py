@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from evaluation import TableSource
 from PIL import Image
 from tiny import tiny_backbone, tiny_config
 from torch import nn
@@ -16,6 +18,7 @@ from dinov2_fsdp.errors import UserError
 from eval.components import pca_colours, pca_patches
 from eval.curves import read_metrics, training_curves
 from eval.features import normalise
+from eval.pictures import readable_images
 from eval.views import attention_maps, draw_attention, draw_crops, draw_neighbours, nearest, shown
 
 CPU = torch.device("cpu")
@@ -262,3 +265,12 @@ def test_crops_show_hidden_patches_in_grey_and_the_rest_as_it_is(tmp_path: Path)
             assert np.array_equal(pixels[~hidden], original[~hidden])
     assert batch.masks.any()
     assert distinct_colours(draw_crops(config, open_source(config.data.train), tmp_path / "crops.png")) > 50
+
+
+def test_images_that_cannot_be_read_are_replaced_by_others_in_pictures() -> None:
+    source: Any = TableSource([0, 1] * 10, broken=range(3, 20))
+    found = readable_images(source, 3)
+    assert sorted(image.getpixel((0, 0))[0] for image in found) == [0, 1, 2]  # type: ignore[index]
+    assert len(readable_images(source, 5)) == 3
+    with pytest.raises(UserError, match=r"'table' has no image that can be read: table:\d+: truncated"):
+        readable_images(TableSource([0, 1], broken=(0, 1)), 3)  # type: ignore[arg-type]

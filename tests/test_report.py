@@ -82,6 +82,17 @@ def test_the_tile_is_that_of_the_newest_step(run: Path) -> None:
     assert "51.50 %" in tiles[0]
 
 
+def test_results_on_several_data_sets_are_told_apart(run: Path) -> None:
+    results: dict[str, Any] = {"task": "knn", "backbone": "teacher", "step": 200, "metrics": {"knn_20": 9.5}}
+    for limit in (0, 50):
+        data = {"train": "folder:<b>", "test": "folder:other"}
+        record({**results, "data": data, "settings": {"max_test": limit}}, "knn", "knn_20", run)
+    titles = re.findall(r"<summary>(knn of teacher, step 200.*?)</summary>", write_report(run).read_text())
+    assert sorted(titles) == [
+        f"knn of teacher, step 200, on {test}" for test in ("folder:other", "folder:other (50 images)", "folder:test")
+    ]
+
+
 def test_a_run_that_has_only_begun_has_a_report_too(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     (tmp_path / "metrics.jsonl").write_text("")

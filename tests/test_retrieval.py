@@ -121,6 +121,33 @@ def test_only_the_box_of_a_query_is_looked_at(tmp_path: Path) -> None:
     assert not torch.allclose(whole, part)
 
 
+def test_whole_images_that_were_looked_at_before_an_interruption_are_not_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = images(tmp_path / "images")
+    seen: list[int] = []
+
+    def stopping(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        if len(seen) == 2:
+            raise InterruptedError
+        seen.append(1)
+        return mean_colour(pixels)
+
+    def look(features: Any, size: int = 28) -> torch.Tensor:
+        return whole_image_features(features, source, [3, 0, 2], [None] * 3, size, 7, ALONE, "", tmp_path / "partial")
+
+    # Rows are made sure of at least every ten seconds; here after each.
+    monkeypatch.setattr("eval.rows._SECONDS_BETWEEN_SAVES", -1.0)
+    with pytest.raises(InterruptedError):
+        look(stopping)
+    seen.clear()
+    assert torch.equal(look(stopping), whole_image_features(mean_colour, source, [3, 0, 2], [None] * 3, 28, 7, ALONE))
+    assert len(seen) == 1
+    seen.clear()
+    with pytest.raises(InterruptedError):  # of another size nothing is there
+        look(stopping, size=14)
+
+
 def _features(folder: str) -> Any:
     world = World(dist.get_rank(), dist.get_world_size(), 0, CPU)
     source = open_source(f"folder:{folder}")

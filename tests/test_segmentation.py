@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from coloured import ALONE, PATCH, SMALL, Coloured, grid, measured, sizes_of
 from evaluation import CPU
 from PIL import Image
 from ranks import run_on_ranks
@@ -18,64 +18,8 @@ from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.parallel.world import World
 from eval import segmentation
 from eval.dense import InputNorm, LinearHead, Samples, keep_grids, on_pixels, short_side_size, warm, windows
-from eval.pairs import Pairs
-from eval.segmentation import Segmenter, Settings, check, labels_of, segment
+from eval.segmentation import Segmenter, check, labels_of, segment
 from eval.segmentation_crops import VOID, distort, training_sample
-
-ALONE = World(0, 1, 0, CPU)
-PATCH = 4
-SMALL = Settings(
-    classes=3, first_class=1, void=(0,), short_side=24, crop=16, stride=8, batch=3, iterations=60, warmup=5, rate=0.05,
-    train_batch=4,
-)  # fmt: skip
-
-
-def grid(images: torch.Tensor) -> torch.Tensor:
-    """The mean colour of each patch."""
-    return F.avg_pool2d(images, PATCH)
-
-
-class Coloured(Pairs):
-    """Images of coloured squares; the class is the strongest of red, green and blue, the left edge is void."""
-
-    spec = "coloured"
-
-    def __init__(self, count: int, seed: int = 0, sizes: tuple[tuple[int, int], ...] = ((24, 32), (40, 24))) -> None:
-        self.count, self.seed, self.sizes = count, seed, sizes
-
-    def __len__(self) -> int:
-        return self.count
-
-    def name(self, index: int) -> str:
-        return f"coloured:{index}"
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self.sizes[index % len(self.sizes)]
-
-    def _classes(self, index: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, index])
-        height, width = self.size(index)
-        return rng.integers(3, size=(height // 8, width // 8)).repeat(8, 0).repeat(8, 1)
-
-    def image(self, index: int) -> Image.Image:
-        classes = self._classes(index)
-        rng = np.random.default_rng([self.seed, index, 1])
-        pixels = rng.integers(0, 120, (*classes.shape, 3)) + 130 * (classes[..., None] == np.arange(3))
-        return Image.fromarray(pixels.astype(np.uint8))
-
-    def target(self, index: int) -> np.ndarray:
-        values = self._classes(index) + 1
-        values[:, :2] = 0
-        return values
-
-
-def sizes_of(pairs: Pairs) -> list[tuple[int, int]]:
-    return [pairs.size(index) for index in range(len(pairs))]
-
-
-def measured(world: World = ALONE, settings: Settings = SMALL) -> tuple[dict[str, float], dict[str, Any]]:
-    test = Coloured(7, seed=1)
-    return segment(grid, PATCH, Coloured(20), test, sizes_of(test), settings, world, progress=False)
 
 
 def test_a_head_learns_classes_that_colours_tell() -> None:
@@ -91,18 +35,21 @@ def test_without_training_a_head_knows_nothing() -> None:
     assert metrics["miou"] < 45
 
 
-def _on_a_rank() -> Any:
+def _on_a_rank(broken: tuple[int, ...]) -> Any:
     metrics, more = measured(
-        World(dist.get_rank(), dist.get_world_size(), 0, CPU), replace(SMALL, train_batch=5, iterations=25)
+        World(dist.get_rank(), dist.get_world_size(), 0, CPU), replace(SMALL, train_batch=5, iterations=25), broken
     )
-    return metrics, more["pixels"]
+    return metrics, (more["pixels"], more["bad_images"])
 
 
 @pytest.mark.distributed
-def test_ranks_share_crops_and_images_and_find_what_one_finds() -> None:
-    alone, more = measured(settings=replace(SMALL, train_batch=5, iterations=25))
-    for metrics, pixels in run_on_ranks(_on_a_rank, 2):
-        assert pixels == more["pixels"]
+@pytest.mark.filterwarnings("ignore:left out")
+@pytest.mark.parametrize("broken", [(), (1, 4)])
+def test_ranks_share_crops_and_images_and_find_what_one_finds(broken: tuple[int, ...]) -> None:
+    alone, more = measured(settings=replace(SMALL, train_batch=5, iterations=25), broken=broken)
+    assert more["bad_images"] == len(broken)
+    for metrics, counts in run_on_ranks(_on_a_rank, 2, broken):
+        assert counts == (more["pixels"], more["bad_images"])
         assert metrics == pytest.approx(alone, abs=0.05)
 
 
@@ -205,21 +152,54 @@ def test_probabilities_are_the_mean_over_the_ratios() -> None:
     torch.testing.assert_close(parts[2].sum(dim=0), torch.ones(24, 32))
 
 
+@pytest.mark.parametrize("mirror", [False, True])
 @pytest.mark.parametrize("ratios", [(1.0,), (1.0, 1.73)])
-def test_the_number_of_forwards_is_known_beforehand(ratios: tuple[float, ...]) -> None:
+def test_the_number_of_forwards_is_known_beforehand(ratios: tuple[float, ...], mirror: bool) -> None:
     calls: list[int] = []
 
     def counting(images: torch.Tensor) -> torch.Tensor:
         calls.append(len(images))
         return grid(images)
 
-    segmenter = Segmenter(counting, PATCH, 3, replace(SMALL, ratios=ratios), ALONE)
+    segmenter = Segmenter(counting, PATCH, 3, replace(SMALL, ratios=ratios, mirror=mirror), ALONE)
     segmenter.head.eval()
     for index in range(2):
         calls.clear()
         image = Coloured(2).image(index)
         segmenter.probabilities(image)
         assert len(calls) == segmenter.calls((image.height, image.width))
+
+
+def test_a_mirrored_image_has_mirrored_probabilities() -> None:
+    def lopsided(images: torch.Tensor) -> torch.Tensor:
+        return grid(images) * torch.linspace(0, 1, images.shape[3] // PATCH)
+
+    image = Coloured(1).image(0)
+    segmenter = Segmenter(lopsided, PATCH, 3, replace(SMALL, mirror=True), ALONE)
+    segmenter.head.eval()
+    there = segmenter.probabilities(image)
+    back = segmenter.probabilities(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)).flip(-1)
+    torch.testing.assert_close(there, back, rtol=0, atol=1e-6)
+    torch.testing.assert_close(there.sum(dim=0), torch.ones(24, 32))
+    segmenter.settings = SMALL
+    alone = segmenter.probabilities(image)
+    mirrored = segmenter.probabilities(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)).flip(-1)
+    torch.testing.assert_close(there, (alone + mirrored) / 2)
+    assert not torch.allclose(alone, there, atol=1e-5)
+
+
+def test_the_scales_of_training_images_are_those_asked_for() -> None:
+    def widths(scales: tuple[float, float], longest: float) -> set[int]:
+        image, labels = Image.new("RGB", (600, 10)), np.zeros((10, 600), np.uint8)
+        found = [
+            training_sample(image, labels, 10, 4000, np.random.default_rng(place), scales, longest)[1]
+            for place in range(12)
+        ]
+        return {int((target != VOID).any(axis=0).sum()) for target in found}
+
+    assert all(600 <= width <= 1800 for width in widths((1.0, 3.0), 0.0))
+    assert max(widths((1.0, 3.0), 0.0)) > 1200
+    assert all(20 <= width <= 80 for width in widths((0.5, 2.0), 4.0))
 
 
 def test_the_short_side_decides_unless_the_long_one_is_too_long() -> None:
@@ -335,6 +315,7 @@ def test_multi_scale_reads_four_blocks_or_as_many_as_there_are(loaded: dict[str,
         segmentation.run(arguments(*_SCENES, "--multi-scale", "--ratios", "1", "2"))
     settings = loaded["settings"]
     assert (settings.blocks, settings.crop, settings.ratios) == (2, 640, (1.0, 2.0))
+    assert (settings.scales, settings.longest, settings.mirror) == ((1.0, 3.0), 0.0, True)
 
 
 @pytest.mark.parametrize(
@@ -344,6 +325,7 @@ def test_multi_scale_reads_four_blocks_or_as_many_as_there_are(loaded: dict[str,
         ({"classes": 300}, "--classes 300 is impossible"),
         ({"ratios": (1.0, 0.0)}, "--ratios 0.0 is impossible"),
         ({"iterations": 0}, "--iterations 0 is impossible"),
+        ({"scales": (2.0, 1.0)}, r"--scales \[2.0, 1.0\] is impossible"),
     ],
 )
 def test_impossible_settings_are_named(changes: dict[str, Any], message: str) -> None:
@@ -357,7 +339,7 @@ def test_impossible_settings_are_named(changes: dict[str, Any], message: str) ->
 
 def test_kept_features_and_classes_lie_on_each_other() -> None:
     pairs = Coloured(5)
-    grids, targets = keep_grids(grid, pairs, lambda index: labels_of(pairs, index, SMALL), 5, 24, 2, ALONE)
+    grids, targets = keep_grids(grid, pairs, lambda index: labels_of(pairs, index, SMALL), 5, 24, 2, ALONE, VOID)
     assert grids.shape == (5, 3, 6, 6)
     assert targets.shape == (5, 24, 24)
     # Squares of 8 pixels cover whole patches here, so a patch's strongest colour is the class of its pixels.

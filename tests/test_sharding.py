@@ -137,7 +137,8 @@ def test_recomputing_activations_recomputes_every_second_or_every_block(world: W
         student, teacher, _ = sharded_networks(config, world)
         seen: list[int] = []
         for index, block in enumerate(student.backbone.blocks):
-            block.mlp.fc1.register_forward_hook(lambda *_, to=seen, index=index: to.append(index))  # type: ignore
+            inner = getattr(block, "_checkpoint_wrapped_module", block)
+            inner.register_forward_pre_hook(lambda *_, to=seen, index=index: to.append(index))
         one_step(config, student, teacher)
         calls[mode] = [seen.count(index) for index in range(len(student.backbone.blocks))]
     assert calls == {"none": [1, 1], "selective": [2, 1], "full": [2, 2]}

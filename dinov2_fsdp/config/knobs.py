@@ -60,6 +60,9 @@ class CropConfig:
     """Probability of grayscale."""
     solarize: float = 0.2
     """Probability of solarisation of the second global crop."""
+    implementation: str = "fast"
+    """fast: OpenCV and torch, JPEG files decoded no larger than needed; reference: Pillow, equal to torchvision's
+    transforms bit for bit and several times slower. Both draw the same; pixels differ by rounding."""
 
 
 @dataclass
@@ -283,6 +286,12 @@ class EvalConfig:
     """Neighbours that vote."""
     temperature: float = 0.07
     """Temperature of the votes."""
+    classes: int = 150
+    """Classes of segmentation's annotations (those of scenes are known)."""
+    first_class: int = 1
+    """Annotation value of the first class."""
+    void: tuple[int, ...] = (0,)
+    """Annotation values that do not count."""
 
 
 @dataclass

@@ -16,6 +16,7 @@ _CHOICES: dict[str, Iterable[str]] = {
     "model.arch": ARCHITECTURES,
     "model.ffn": ("mlp", "swiglu"),
     "crops.blur": ("paper", "released", "none"),
+    "crops.implementation": ("fast", "reference"),
     "loss.centering": ("softmax", "sinkhorn", "none"),
     "optim.name": ("adamw", "lars"),
     "optim.lr_scaling": ("sqrt", "linear", "none"),
@@ -38,12 +39,13 @@ _ABOVE_ZERO = (
     "loss.student_temperature", "loss.teacher_temperature", "loss.teacher_temperature_start",
     "loss.sinkhorn_iterations", "optim.layer_decay", "optim.patch_embed_lr", "train.batch", "train.microbatch",
     "train.max_nonfinite", "parallel.replicate", "parallel.timeout", "checkpoint.keep", "eval.resize", "eval.size",
-    "eval.batch", "eval.k", "eval.temperature", "parallel.blocks_per_unit", "parallel.prefetch",
+    "eval.batch", "eval.k", "eval.temperature", "eval.classes", "parallel.blocks_per_unit", "parallel.prefetch",
 )  # fmt: skip
 _AT_LEAST_ZERO = (
     "seed", "data.workers", "data.max_bad_images", "crops.local_number", "model.registers", "model.layer_scale",
     "loss.dino", "loss.ibot", "loss.koleo", "optim.lr", "optim.min_lr", "optim.weight_decay", "optim.clip",
-    "train.epoch", "init.backbone_lr", "parallel.threads", "eval.max_train", "eval.max_test",
+    "train.epoch", "init.backbone_lr", "parallel.threads", "eval.max_train", "eval.max_test", "eval.first_class",
+    "eval.void",
 )  # fmt: skip
 _SHARES = (
     "crops.flip", "crops.jitter", "crops.gray", "crops.solarize", "crops.jitter_strength", "masks.probability",

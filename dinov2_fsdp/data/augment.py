@@ -1,8 +1,8 @@
 """How an image looks to the student and the teacher: two global crops and several local ones.
 
 This is the reference path, in Pillow, and it equals torchvision's transforms bit for bit. What is drawn
-(:func:`draw`) is apart from how it is applied (:func:`apply`), so that a faster path can be given the very
-same draws and be compared with this one.
+(:func:`draw`) is apart from how it is applied (:func:`apply`), so that the faster path, :mod:`fast_augment`, has the
+very same draws and can be compared with this one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageFilter
 
+from dinov2_fsdp.data.sources.decoding import LazyImage
 from dinov2_fsdp.errors import UserError, nearest
 
 BLUR_PROBABILITIES: dict[str, tuple[float, float, float]] = {
@@ -149,17 +150,30 @@ class MultiCrop:
         specs = [self.global_1, self.global_2, *[self.local] * self.n_local]
         return [draw(spec, width, height, rng) for spec in specs]
 
+    def fill(
+        self,
+        image: LazyImage,
+        rng: np.random.Generator,
+        global_crops: NDArray[np.uint8],
+        local_crops: NDArray[np.uint8],
+    ) -> None:
+        """Draw, and write the crops into ``global_crops`` (2, 3, S, S) and ``local_crops`` (n_local, 3, s, s), uint8.
+
+        Raises:
+            BadImage: the image cannot be decoded.
+        """
+        parameters = self.draw(image.width, image.height, rng)
+        picture = image.rgb()
+        for crop, drawn in zip([*global_crops, *local_crops], parameters, strict=True):
+            crop[...] = apply(picture, drawn, crop.shape[-1]).transpose(2, 0, 1)
+
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         """Return the global crops (2, S, S, 3) and the local crops (n_local, s, s, 3) of an RGB image, uint8."""
-        parameters = self.draw(image.width, image.height, rng)
         global_size, local_size = self.global_1.size, self.local.size
-        global_crops = np.empty((2, global_size, global_size, 3), np.uint8)
-        local_crops = np.empty((self.n_local, local_size, local_size, 3), np.uint8)
-        for crop, drawn in zip(global_crops, parameters[:2], strict=True):
-            crop[...] = apply(image, drawn, global_size)
-        for crop, drawn in zip(local_crops, parameters[2:], strict=True):
-            crop[...] = apply(image, drawn, local_size)
-        return global_crops, local_crops
+        global_crops = np.empty((2, 3, global_size, global_size), np.uint8)
+        local_crops = np.empty((self.n_local, 3, local_size, local_size), np.uint8)
+        self.fill(LazyImage.of(image), rng, global_crops, local_crops)
+        return global_crops.transpose(0, 2, 3, 1), local_crops.transpose(0, 2, 3, 1)
 
 
 def multi_crop(
@@ -176,6 +190,7 @@ def multi_crop(
     gray_p: float = CropSpec.gray_p,
     blur_sigma: tuple[float, float] = CropSpec.blur_sigma,
     solarize_p: float = 0.2,
+    kind: type[MultiCrop] = MultiCrop,
 ) -> MultiCrop:
     """Return DINOv2's augmentation: blur differs between the three kinds of crop, only global crop 2 is solarized.
 
@@ -184,6 +199,7 @@ def multi_crop(
         global_scale, local_scale: (least, greatest) share of the image's area.
         blur: "paper", "released" or "none", see :data:`BLUR_PROBABILITIES`.
         solarize_p: probability of solarizing global crop 2.
+        kind: the implementation.
 
     Raises:
         UserError: for an unknown ``blur``, an impossible scale or hue.
@@ -206,7 +222,7 @@ def multi_crop(
         )
 
     blur_1, blur_2, blur_local = BLUR_PROBABILITIES[blur]
-    return MultiCrop(
+    return kind(
         global_1=spec(global_size, global_scale, blur_1),
         global_2=spec(global_size, global_scale, blur_2, solarize_p),
         local=spec(local_size, local_scale, blur_local),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dinov2_fsdp.config import Config
@@ -16,7 +17,7 @@ from dinov2_fsdp.data.batch import Microbatch
 from dinov2_fsdp.data.masks import masks_for
 from dinov2_fsdp.data.sources import BadImage, Source
 from dinov2_fsdp.data.stream import Stream
-from dinov2_fsdp.errors import RunFailed
+from dinov2_fsdp.errors import RunFailed, UserError
 from dinov2_fsdp.rng import generator
 from dinov2_fsdp.signals import leave_signals_to_parent
 
@@ -27,6 +28,15 @@ REPLACEMENTS_PER_IMAGE = 20
 def build_crops(config: Config) -> MultiCrop:
     """Return the multi-crop augmentation that a config describes."""
     crops = config.crops
+    kind = MultiCrop
+    if crops.implementation == "fast":
+        try:
+            from dinov2_fsdp.data.fast_augment import FastMultiCrop as kind
+        except ImportError as error:
+            raise UserError(
+                f"crops.implementation=fast needs OpenCV, which cannot be imported ({error})\n"
+                "  install opencv-python-headless, or choose crops.implementation=reference"
+            ) from error
     return multi_crop(
         global_size=crops.global_size,
         global_scale=crops.global_scale,
@@ -39,6 +49,7 @@ def build_crops(config: Config) -> MultiCrop:
         color_jitter=crops.jitter_strength,
         gray_p=crops.gray,
         solarize_p=crops.solarize,
+        kind=kind,
     )
 
 
@@ -60,12 +71,12 @@ class Microbatches(Dataset[Microbatch]):
         first = index * size
         samples = self.stream.samples(step, first, size)
         bad: list[tuple[str, str]] = []
-        global_crops, local_crops = [], []
-        for offset in range(size):
-            image, samples[offset] = self._image(int(samples[offset]), step, first + offset, bad)
-            views = self.crops(image, generator(seed, "augment", step, first + offset))
-            global_crops.append(views[0])
-            local_crops.append(views[1])
+        crops = self.config.crops
+        # Crop-major, and each image writes into its own place: nothing is stacked or transposed afterwards.
+        global_crops = np.empty((2, size, 3, crops.global_size, crops.global_size), np.uint8)
+        local_crops = np.empty((crops.local_number, size, 3, crops.local_size, crops.local_size), np.uint8)
+        for i in range(size):
+            samples[i] = self._crop(int(samples[i]), step, first + i, bad, global_crops[:, i], local_crops[:, i])
         probability = self.config.masks.probability if self.config.loss.ibot > 0 else 0.0
         places = range(first, first + size)
         masks = masks_for(seed, step, places, self.config.train.batch, self.grid, probability, self.config.masks.ratio)
@@ -75,8 +86,8 @@ class Microbatches(Dataset[Microbatch]):
         return Microbatch(
             step=step,
             index=index,
-            global_crops=_crop_major(global_crops),
-            local_crops=_crop_major(local_crops),
+            global_crops=torch.from_numpy(global_crops).flatten(0, 1),
+            local_crops=torch.from_numpy(local_crops).flatten(0, 1),
             masks=torch.from_numpy(masks),
             masked_patches=torch.from_numpy(np.flatnonzero(masks)),
             mask_weights=torch.from_numpy(weights.astype(np.float32)),
@@ -84,10 +95,21 @@ class Microbatches(Dataset[Microbatch]):
             bad=tuple(bad),
         )
 
-    def _image(self, sample: int, step: int, place: int, bad: list[tuple[str, str]]) -> tuple[Any, int]:
+    def _crop(
+        self,
+        sample: int,
+        step: int,
+        place: int,
+        bad: list[tuple[str, str]],
+        global_crops: NDArray[np.uint8],
+        local_crops: NDArray[np.uint8],
+    ) -> int:
+        """Write an image's crops, or those of the one that replaces it; return which of the data set's it is."""
         for attempt in range(REPLACEMENTS_PER_IMAGE):
             try:
-                return self.source.image(sample), sample
+                rng = generator(self.config.seed, "augment", step, place)
+                self.crops.fill(self.source.lazy_image(sample), rng, global_crops, local_crops)
+                return sample
             except BadImage as error:
                 bad.append((error.name, error.reason))
                 sample = self.stream.replacement(step, place, attempt)
@@ -96,12 +118,6 @@ class Microbatches(Dataset[Microbatch]):
             f"{REPLACEMENTS_PER_IMAGE} images in a row cannot be read (step {step + 1}); has the data gone? The last: "
             f"{names} ({bad[-1][1]})"
         )
-
-
-def _crop_major(crops: list[np.ndarray]) -> torch.Tensor:
-    """Return ``(crops · images, 3, height, width)`` from one ``(crops, height, width, 3)`` array per image."""
-    stacked = np.stack(crops, axis=1)  # (crops, images, height, width, 3)
-    return torch.from_numpy(np.ascontiguousarray(stacked.reshape(-1, *stacked.shape[2:]).transpose(0, 3, 1, 2)))
 
 
 class _Places(Sampler[tuple[int, int]]):

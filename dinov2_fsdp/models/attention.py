@@ -113,10 +113,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.backend = "sdpa"
 
-    def forward(self, tokens: Tensor, layout: Layout) -> Tensor:
-        """Return ``(total_tokens, dim)`` for packed ``tokens`` of the same shape."""
-        qkv = self.qkv(tokens).unflatten(-1, (3, self.heads, -1))
-        return self.proj(attend(qkv, layout, self.backend).flatten(1))
+    def attend(self, qkv: Tensor, layout: Layout) -> Tensor:
+        """Return ``(total_tokens, dim)``, before the projection, for the packed output of ``qkv``."""
+        return attend(qkv.unflatten(-1, (3, self.heads, -1)), layout, self.backend).flatten(1)
 
     def attention_map(self, tokens: Tensor) -> Tensor:
         """Return the softmax weights ``(sequences, heads, length, length)`` for ``(sequences, length, dim)``."""

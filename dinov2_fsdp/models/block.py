@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_fsdp.models.attention import Attention
+from dinov2_fsdp.models.frugal import activated_linear, norm_linear
 from dinov2_fsdp.models.layout import Layout
 from dinov2_fsdp.models.stochastic_depth import Subset, add_residual
 
@@ -20,24 +20,27 @@ class LayerScale(nn.Module):
         super().__init__()
         self.gamma = nn.Parameter(torch.empty(dim))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens * self.gamma
-
 
 class Mlp(nn.Module):
     """Two linear layers around a GELU."""
+
+    activation = "gelu"
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(tokens)))
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear]:
+        """The layers before and after the activation."""
+        return self.fc1, self.fc2
 
 
 class SwiGLU(nn.Module):
     """Gated feed-forward (arXiv 2002.05202), its hidden width two thirds of ``hidden``, rounded up to eights."""
+
+    activation = "swiglu"
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -45,9 +48,10 @@ class SwiGLU(nn.Module):
         self.w12 = nn.Linear(dim, 2 * width)
         self.w3 = nn.Linear(width, dim)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        gate, value = self.w12(tokens).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear]:
+        """The layers before and after the activation."""
+        return self.w12, self.w3
 
 
 def swiglu_width(hidden: int) -> int:
@@ -64,7 +68,7 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads)
         self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
-        self.mlp = {"mlp": Mlp, "swiglu": SwiGLU}[ffn](dim, mlp_hidden)
+        self.mlp = SwiGLU(dim, mlp_hidden) if ffn == "swiglu" else Mlp(dim, mlp_hidden)
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
 
     def forward(
@@ -75,7 +79,15 @@ class Block(nn.Module):
         return add_residual(tokens, layout, self._ffn_branch, ffn_subset)
 
     def _attention_branch(self, tokens: Tensor, layout: Layout) -> Tensor:
-        return self.ls1(self.attn(self.norm1(tokens), layout))
+        qkv = norm_linear(tokens, self.norm1, self.attn.qkv)
+        return activated_linear(self.attn.attend(qkv, layout), "none", self.attn.proj, gamma(self.ls1))
 
     def _ffn_branch(self, tokens: Tensor, layout: Layout) -> Tensor:
-        return self.ls2(self.mlp(self.norm2(tokens)))
+        first, second = self.mlp.linears
+        hidden = norm_linear(tokens, self.norm2, first)
+        return activated_linear(hidden, self.mlp.activation, second, gamma(self.ls2))
+
+
+def gamma(scale: nn.Module) -> Tensor | None:
+    """Return the factors of a LayerScale, None for the identity in its place."""
+    return scale.gamma if isinstance(scale, LayerScale) else None

@@ -52,17 +52,17 @@ def write_environment(
 
 
 def memory_gib(device: torch.device) -> float:
-    """Return GiB: the peak that torch has allocated on a GPU, or this process's resident memory on a CPU."""
+    """Return the peak so far, GiB: what torch has allocated on a GPU, or this process's resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
+        # Of this process alone; what getrusage says may be that of the process it was forked from.
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
+    except (OSError, IndexError):
         import resource  # Unix only
 
-        # The peak instead of the present, in bytes on macOS, the one system here without /proc.
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS, which has no /proc
 
 
 def _version(package: str) -> str | None:

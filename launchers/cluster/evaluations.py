@@ -153,13 +153,13 @@ def gather(run: Path) -> list[dict[str, str]]:
 
     Jobs on several nodes write it at once, and not every shared file system lets them wait for each other.
     """
-    from eval.results import KEY, add_to_leaderboard, read_leaderboard
+    from eval.results import KEY, add_to_leaderboard, data_of, read_leaderboard
 
     for file in sorted(run.glob("eval/step_*/*/results.json")):
         try:
             results = json.loads(file.read_text())
             line = {name: results[name] for name in ("step", "task", "backbone", "metric")}
-            line |= {name: results["data"][name] for name in ("train", "test")}
+            line |= data_of(results)
             value = float(results["value"])
         except (OSError, ValueError, KeyError, TypeError):
             continue  # being written, or of a task that stands in no leaderboard

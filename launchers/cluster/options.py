@@ -12,7 +12,7 @@ import sys
 from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from dinov2_fsdp.errors import UserError, nearest
 
@@ -105,15 +105,6 @@ _REPEATED = {
     "setup": ("COMMAND", "shell command before the ranks start, e.g. 'module load cuda'; repeatable"),
 }
 _CHOICES = {"preflight": ("warn", "exclude", "off")}
-
-
-class Parser(argparse.ArgumentParser):
-    """Says in one message, without the long list of all options, what is wrong with a command line."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = re.fullmatch(r"unrecognized arguments: (--[^\s=]+).*", message)
-        guess = nearest(unknown[1], self._option_string_actions) if unknown else ""
-        raise UserError(f"{message}{guess}\n--help lists all options")
 
 
 def add_job_arguments(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()) -> None:

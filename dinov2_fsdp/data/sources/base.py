@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dinov2_fsdp.data.sources.decoding import BadImage, decode
+from dinov2_fsdp.data.sources.decoding import BadImage, LazyImage
 
 UNLABELLED = -1
 MAX_FILE_BYTES = 1 << 30
@@ -67,7 +67,12 @@ class Source(ABC):
         data = self.encoded(index)
         if data is None:
             raise TypeError(f"{type(self).__name__} has no files and must render its images itself")
-        return decode(data, self.name(index))
+        return LazyImage(data, self.name(index)).rgb()
+
+    def lazy_image(self, index: int) -> LazyImage:
+        """Return the image with its size read and, where that can wait, its pixels not. Raises :class:`BadImage`."""
+        data = self.encoded(index)
+        return LazyImage.of(self.image(index)) if data is None else LazyImage(data, self.name(index))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.spec!r}, {len(self):,} images)"

@@ -1,0 +1,202 @@
+"""The limit of a training step: its matrix products, counted as they happen, and timed one by one.
+
+    python benchmarks/products.py --config configs/bench.yaml [key=value …]
+
+One step of the config runs on one process while every matrix product is recorded: type, shape, strides. Each distinct
+product is then repeated by itself on operands laid out alike. A step cannot be faster than their sum; how near it comes
+is the fraction that ``benchmarks/step.py`` reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dinov2_fsdp.config import Config, load
+from dinov2_fsdp.data.loader import build_loader
+from dinov2_fsdp.data.sources import open_source
+from dinov2_fsdp.models.initialise import initialise
+from dinov2_fsdp.parallel.place import place_from_environment
+from dinov2_fsdp.parallel.sharding import build_networks
+from dinov2_fsdp.parallel.world import end_world, start_world
+from dinov2_fsdp.ssl.ema import Ema
+from dinov2_fsdp.ssl.step import SelfDistillation
+
+LEAST = 0.05
+"""Seconds that one product is repeated for, at least, in every round."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A matrix, or a batch of them, as it lay in memory."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Product:
+    """One matrix product, ``left @ right``."""
+
+    left: Operand
+    right: Operand
+    dtype: torch.dtype
+
+    @property
+    def flops(self) -> int:
+        """Two for every multiplication with its addition."""
+        return 2 * prod(self.left.shape) * self.right.shape[-1]
+
+    def operands(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return random operands of these shapes and strides."""
+        made = []
+        for operand in (self.left, self.right):
+            tensor = torch.empty_strided(operand.shape, operand.strides, dtype=self.dtype, device=device)
+            made.append(tensor.copy_(torch.randn(operand.shape, device=device)))
+        return made[0], made[1]
+
+
+MATRICES = {torch.ops.aten.mm: (0, 1), torch.ops.aten.addmm: (1, 2), torch.ops.aten.bmm: (0, 1)}
+"""Which arguments of each operation are the matrices."""
+
+
+class ProductRecorder(TorchDispatchMode):
+    """Counts the matrix products that happen while it is active, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: Counter[Product] = Counter()
+        self.others: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if places := MATRICES.get(func.overloadpacket):
+            left, right = (args[place] for place in places)
+            if left.numel() and right.numel():
+                self.products[Product(_operand(left), _operand(right), left.dtype)] += 1
+        elif func.overloadpacket.__name__ in ("baddbmm", "convolution", "convolution_backward") or (
+            "attention" in func.overloadpacket.__name__
+        ):
+            self.others[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def _operand(tensor: Tensor) -> Operand:
+    return Operand(tuple(tensor.shape), tuple(tensor.stride()))
+
+
+@dataclass
+class Recorded:
+    """The products of a step of ``images`` images: of all of it, and of the student alone (forward and backward)."""
+
+    images: int
+    all: Counter[Product]
+    student: Counter[Product]
+    others: Counter[str]
+
+
+def record_step(config: Config) -> tuple[Recorded, torch.device]:
+    """Run one step on one process and return its products.
+
+    Raises:
+        UserError: what the config asks for cannot be had here.
+    """
+    world = start_world(config.parallel, place_from_environment())
+    try:
+        student, teacher = build_networks(config, world)
+        initialise(student, config.seed, config.model.layer_scale)
+        Ema(student, teacher).copy()
+        student.train()
+        teacher.eval()
+        method = SelfDistillation(config, student, teacher, world.device)
+        source = open_source(config.data.train, config.data.cache)
+        batch = next(build_loader(config, source, 0, 1, 0, 1, False)).to(world.device)
+        with ProductRecorder() as of_teacher:
+            (targets,) = method.targets([batch], config.loss.teacher_temperature)
+        with ProductRecorder() as of_student:
+            loss, _ = method.loss(batch, targets)
+            loss.backward()
+        both, others = of_teacher.products + of_student.products, of_teacher.others + of_student.others
+        return Recorded(batch.images, both, of_student.products, others), world.device
+    finally:
+        end_world()
+
+
+def seconds_of(product: Product, device: torch.device) -> float:
+    """Return how long the product takes by itself, seconds; the mean over a row of repetitions."""
+    left, right = product.operands(device)
+    multiply: Callable[[Tensor, Tensor], Tensor] = torch.bmm if left.dim() == 3 else torch.mm
+    multiply(left, right)
+    repetitions = 1
+    while True:
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(repetitions):
+            multiply(left, right)
+        _wait(device)
+        elapsed = time.perf_counter() - start
+        if elapsed >= LEAST:
+            return elapsed / repetitions
+        repetitions = max(repetitions + 1, int(1.2 * repetitions * LEAST / max(elapsed, 1e-6)))
+
+
+def square_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Return FLOP/s of one large square product: what the machine can do at best."""
+    operand = Operand((size, size), (size, 1))
+    product = Product(operand, operand, dtype)
+    return product.flops / seconds_of(product, device)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(config: Config, rounds: int) -> dict[str, Any]:
+    """Return counts and times of a step's products, the best of so many rounds for each."""
+    recorded, device = record_step(config)
+    best = {
+        product: min(seconds_of(product, device) for _ in range(rounds))
+        for product in sorted(recorded.all, key=lambda product: -product.flops)
+    }
+    dtype = max(recorded.all, key=lambda product: product.flops * recorded.all[product]).dtype
+    size = 2048 if device.type == "cpu" else 8192
+    flops = sum(product.flops * count for product, count in recorded.all.items())
+    return {
+        "images": recorded.images,
+        "flops": flops,
+        "student_flops": sum(product.flops * count for product, count in recorded.student.items()),
+        "seconds": sum(best[product] * count for product, count in recorded.all.items()),
+        "square_flops_per_s": max(square_rate(size, dtype, device) for _ in range(rounds)),
+        "threads": torch.get_num_threads(),
+        "distinct": len(best),
+        "not_counted": dict(recorded.others),
+    }
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks/products.py", description="A training step's matrix products.")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    print(json.dumps(measure(load(arguments.config, arguments.overrides), arguments.rounds)))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

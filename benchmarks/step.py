@@ -1,0 +1,192 @@
+"""How fast a training step is, and how far from the limit: the numbers of docs/performance.md.
+
+    python benchmarks/step.py                    # `make bench`
+    python benchmarks/step.py --config configs/vits14.yaml --steps 20 data.train=folder:/my/images
+
+For each precision, in turn and several times over, the matrix products of the step are timed by themselves
+(``products.py``) and the trainer runs for a few steps; the best round of each counts. The same on a CPU and on a GPU.
+
+    limit       operations a second of the step's own matrix products, each repeated by itself
+    fraction    useful operations of a step / its time / limit; the wait for data is left out and reported beside
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dinov2_fsdp.monitor.clock import PHASES
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def products(config: str, overrides: list[str]) -> dict[str, Any]:
+    """Return what ``products.py`` prints for a config."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "products.py"), "--config", config, "--rounds", "1"]
+    done = subprocess.run([*command, *overrides], check=True, stdout=subprocess.PIPE, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def trained(config: str, steps: int, overrides: list[str]) -> dict[str, Any]:
+    """Run the trainer for so many steps and return its steps' times and its peak memory, GiB.
+
+    Raises:
+        SystemExit: the run failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, str(ROOT / "launchers" / "local.py"), "--config", config, "--output-dir", f"{folder}/run",
+            f"train.duration={steps}it", "log.every=1it", "log.tensorboard=false", "eval.every=0it", *overrides,
+        ]  # fmt: skip
+        if code := subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+            raise SystemExit(code)
+        text = Path(folder, "run", "metrics.jsonl").read_text()
+        environment = json.loads(Path(folder, "run", "environment.json").read_text())
+    lines = [json.loads(line) for line in text.splitlines()]
+    of_steps = [line for line in lines if "img_per_s" in line]
+    saves = [line for line in lines if "checkpoint/stall_s" in line]
+    return {
+        "environment": environment,
+        "lines": of_steps,
+        "seconds": [_own_seconds(line) for line in of_steps],
+        "stall": [line["checkpoint/stall_s"] for line in saves],
+        "memory": of_steps[-1]["memory"],
+    }
+
+
+def _own_seconds(line: dict[str, float]) -> float:
+    return sum(line.get(f"time/{phase}", 0.0) for phase in PHASES if phase != "data")
+
+
+def fastest(runs: list[dict[str, Any]], settled: int) -> dict[str, float]:
+    """Return the line of metrics of the fastest step, without the first ``settled`` ones of each run."""
+    lines = [line for run in runs for line in run["lines"][settled:]]
+    best: dict[str, float] = min(lines, key=_own_seconds)
+    return best
+
+
+def measure(config: str, precision: str, rounds: int, steps: int, overrides: list[str]) -> dict[str, Any]:
+    """Return all figures of one precision."""
+    wanted = [f"train.precision={precision}", *overrides]
+    saves = f"checkpoint.every={max(1, steps // 2)}it"
+    limits, plain, dropped = [], [], []
+    for number in range(rounds):
+        print(f"{precision}, round {number + 1} of {rounds} …", file=sys.stderr, flush=True)
+        limits.append(products(config, wanted))
+        plain.append(trained(config, steps, [*wanted, "checkpoint.every=0it"]))
+        dropped.append(trained(config, steps, [*wanted, "model.drop_path=0.4", saves]))
+    some = limits[0]
+    rate = max(limit["flops"] / limit["seconds"] for limit in limits)
+    best, best_dropped = fastest(plain, steps // 2), fastest(dropped, steps // 2)
+    seconds = _own_seconds(best)
+    fewer = products(config, [*wanted, "model.drop_path=0.4"])
+    student = [line["time/student"] + line["time/backward"] for line in (best, best_dropped)]
+    compiled = trained(config, steps, [*wanted, "parallel.compile=true"])
+    in_all = [run["lines"][-1]["seconds"] - run["lines"][steps // 2 - 1]["seconds"] for run in plain]
+    own = [sum(run["seconds"][steps // 2 :]) + sum(_data(line) for line in run["lines"][steps // 2 :]) for run in plain]
+    stalls = [stall for run in dropped for stall in run["stall"]]
+    return {
+        "precision": precision,
+        "environment": plain[0]["environment"],
+        "threads": some["threads"],
+        "images": some["images"],
+        "gflop_per_image": some["flops"] / some["images"] / 1e9,
+        "limit_gflop_per_s": rate / 1e9,
+        "square_gflop_per_s": max(limit["square_flops_per_s"] for limit in limits) / 1e9,
+        "not_counted": some["not_counted"],
+        "step_s": seconds,
+        "img_per_s": some["images"] / seconds,
+        "fraction": some["flops"] / seconds / rate,
+        "phases_s": {phase: best.get(f"time/{phase}", 0.0) for phase in PHASES},
+        "data_s": median(_data(line) for run in plain for line in run["lines"][steps // 2 :]),
+        "memory_gib": min(run["memory"] for run in plain),
+        "logging_and_the_rest_s": min(a - b for a, b in zip(in_all, own, strict=True)) / (steps - steps // 2),
+        "stall_s": median(stalls) if stalls else None,
+        "drop_path": {
+            "student_s": student,
+            "saved_time": 1 - student[1] / student[0],
+            "saved_operations": 1 - fewer["student_flops"] / some["student_flops"],
+        },
+        "compile": {
+            "first_step_s": compiled["seconds"][0],
+            "step_s": _own_seconds(fastest([compiled], steps // 2)),
+            "memory_gib": compiled["memory"],
+        },
+    }
+
+
+def _data(line: dict[str, float]) -> float:
+    return line.get("time/data", 0.0)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the figures as a Markdown table, a column for each precision."""
+    rows: list[tuple[str, list[str]]] = [
+        ("limit: the step's own matrix products, GFLOP/s", [f"{r['limit_gflop_per_s']:,.0f}" for r in results]),
+        ("one large square product, GFLOP/s", [f"{r['square_gflop_per_s']:,.0f}" for r in results]),
+        ("useful operations, GFLOP an image", [f"{r['gflop_per_image']:,.1f}" for r in results]),
+        ("step, s", [f"{r['step_s']:.3f}" for r in results]),
+        ("images a second", [f"{r['img_per_s']:.2f}" for r in results]),
+        ("**fraction of the limit**", [f"**{100 * r['fraction']:.0f} %**" for r in results]),
+        *(
+            (f"… {phase}, s", [f"{r['phases_s'][phase]:.3f}" for r in results])
+            for phase in PHASES
+            if phase not in ("data", "checkpoint", "evaluation")
+        ),
+        ("data beside it, s a step", [f"{r['data_s']:.3f}" for r in results]),
+        ("a line of metrics and all else, s", [f"{r['logging_and_the_rest_s']:.4f}" for r in results]),
+        (
+            "stall of an asynchronous save, s",
+            ["–" if r["stall_s"] is None else f"{r['stall_s']:.4f}" for r in results],
+        ),
+        ("peak memory, GiB", [f"{r['memory_gib']:.2f}" for r in results]),
+        (
+            "stochastic depth .4: operations of the student saved",
+            [f"{100 * r['drop_path']['saved_operations']:.1f} %" for r in results],
+        ),
+        ("… time of the student saved", [f"{100 * r['drop_path']['saved_time']:.1f} %" for r in results]),
+        ("compiled: first step, s", [f"{r['compile']['first_step_s']:.1f}" for r in results]),
+        ("… step, s", [f"{r['compile']['step_s']:.3f}" for r in results]),
+        ("… peak memory, GiB", [f"{r['compile']['memory_gib']:.2f}" for r in results]),
+    ]
+    head = f"| | {' | '.join(r['precision'] for r in results)} |\n|---|{'---|' * len(results)}"
+    return "\n".join([head, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows)])
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks/step.py", description="Speed of a training step, and its limit.")
+    parser.add_argument("--config", default=str(ROOT / "configs" / "bench.yaml"))
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "fp16"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="of each run; the first half is not counted")
+    parser.add_argument("--output", default="runs/bench/step.json", help="where all figures go")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    results = [
+        measure(arguments.config, precision, arguments.rounds, arguments.steps, arguments.overrides)
+        for precision in arguments.precision
+    ]
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"date": date.today().isoformat(), "results": results}, indent=2) + "\n")
+    machine = results[0]["environment"]
+    print(
+        f"{date.today()}, {', '.join(machine['devices'] or [machine['cpu']])}, {results[0]['threads']} thread(s), "
+        f"torch {machine['torch']}, batch {results[0]['images']}; all figures: {output}\n"
+    )
+    print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,159 @@
+"""The augmentation of :mod:`augment`, several times as fast: the same draws, pixels that differ by rounding.
+
+What makes it fast: a JPEG file is decoded at a reduced size when every crop is shrunk by more than that anyway; the
+resampling is torch's vectorised one (Pillow's filter in Pillow's fixed point); colours and blur run through OpenCV,
+the blur with the kernel that Pillow's three box filters amount to.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from cv2.typing import MatLike
+from numpy.typing import NDArray
+
+from dinov2_fsdp.data.augment import CropParameters, MultiCrop
+from dinov2_fsdp.data.sources.decoding import LazyImage
+
+# Workers are the parallelism; OpenCV's own threads would fight with them and do not survive a fork.
+cv2.setNumThreads(0)
+
+REDUCTIONS = (8, 4, 2)
+"""By how much a JPEG decoder can shrink at next to no cost."""
+
+SHARPNESS_MARGIN = 3.0
+"""A reduced image keeps at least this many pixels for one of the crop, along each side; see docs/performance.md."""
+
+BOX_FILTERS = 3
+"""As many does Pillow run one after another for a Gaussian."""
+
+_LUMA = (0.299, 0.587, 0.114)
+
+# Pillow's blend cuts fractions off, OpenCV rounds. Not quite a half, so that whole numbers stay what they are.
+_TRUNCATE = -0.499
+
+
+class FastMultiCrop(MultiCrop):
+    """The same crops as :class:`MultiCrop` draws, up to rounding."""
+
+    def fill(
+        self,
+        image: LazyImage,
+        rng: np.random.Generator,
+        global_crops: NDArray[np.uint8],
+        local_crops: NDArray[np.uint8],
+    ) -> None:
+        parameters = self.draw(image.width, image.height, rng)
+        crops = [*global_crops, *local_crops]
+        sizes = [crop.shape[-1] for crop in crops]
+        factor = reduction(parameters, sizes) if image.reducible else 1
+        pixels = image.pixels(factor)
+        # One stage after the other over all crops: each leaves the processor's caches to its own code.
+        resized = [
+            resize(pixels, reduced_box(drawn.box, factor, pixels), size)
+            for drawn, size in zip(parameters, sizes, strict=True)
+        ]
+        for crop, picture, drawn in zip(crops, resized, parameters, strict=True):
+            cv2.split(recolour(picture, drawn), [*crop])
+
+
+def reduction(parameters: Sequence[CropParameters], sizes: Sequence[int]) -> int:
+    """Return by how much (1, 2, 4 or 8) an image may be shrunk in decoding without a loss of sharpness in any crop.
+
+    Args:
+        parameters: what was drawn for each crop, boxes in pixels of the full image.
+        sizes: the side of each crop, pixels.
+    """
+    shrinks = min(min(drawn.box[2:]) / size for drawn, size in zip(parameters, sizes, strict=True))
+    return next((factor for factor in REDUCTIONS if shrinks >= factor * SHARPNESS_MARGIN), 1)
+
+
+def reduced_box(box: tuple[int, int, int, int], factor: int, pixels: NDArray[np.uint8]) -> tuple[int, int, int, int]:
+    """Return where a box of the full image lies in ``pixels``, the image decoded at 1/``factor`` of its size."""
+    if factor == 1:
+        return box
+    top, left, height, width = box
+    new_top, new_left = round(top / factor), round(left / factor)
+    bottom, right = round((top + height) / factor), round((left + width) / factor)
+    return new_top, new_left, min(bottom, pixels.shape[0]) - new_top, min(right, pixels.shape[1]) - new_left
+
+
+def apply(pixels: NDArray[np.uint8], parameters: CropParameters, size: int) -> MatLike:
+    """Return the crop that ``parameters`` describe, (size, size, 3) uint8: as ``augment.apply``, up to rounding.
+
+    Args:
+        pixels: (height, width, 3) uint8.
+    """
+    return recolour(resize(pixels, parameters.box, size), parameters)
+
+
+def resize(pixels: NDArray[np.uint8], box: tuple[int, int, int, int], size: int) -> MatLike:
+    """Return what lies in the ``box`` (top, left, height, width), resampled to (size, size, 3)."""
+    top, left, height, width = box
+    crop = pixels[top : top + height, left : left + width]
+    if (height, width) == (size, size):
+        return np.ascontiguousarray(crop)
+    # The batch dimension first: torch then knows the image as channels-last, and gives such a one back.
+    image = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)
+    return F.interpolate(image, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+
+
+def recolour(crop: MatLike, parameters: CropParameters) -> MatLike:
+    """Return a resampled crop with all that ``parameters`` ask for beside their box."""
+    if parameters.flip:
+        crop = cv2.flip(crop, 1)
+    for operation, factor in parameters.jitter:
+        crop = _adjust(crop, operation, factor)
+    if parameters.gray:
+        crop = _gray(crop)
+    if parameters.blur_sigma is not None:
+        kernel = _blur_kernel(parameters.blur_sigma)
+        crop = cv2.sepFilter2D(crop, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
+    if parameters.solarize_threshold is not None:
+        values = np.arange(256, dtype=np.uint8)
+        crop = cv2.LUT(crop, np.where(values < parameters.solarize_threshold, values, 255 - values))
+    return crop
+
+
+def _adjust(crop: MatLike, operation: str, factor: float) -> MatLike:
+    if operation == "hue":
+        return _shift_hue(crop, int(factor * 255) % 256)
+    if operation == "brightness":
+        return cv2.addWeighted(crop, factor, crop, 0, _TRUNCATE)
+    if operation == "contrast":
+        mean = int(sum(weight * value for weight, value in zip(_LUMA, cv2.mean(crop), strict=False)) + 0.5)
+        return cv2.addWeighted(crop, factor, crop, 0, (1 - factor) * mean + _TRUNCATE)
+    return cv2.addWeighted(crop, factor, _gray(crop), 1 - factor, _TRUNCATE)
+
+
+def _gray(crop: MatLike) -> MatLike:
+    return cv2.cvtColor(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+
+
+def _shift_hue(crop: MatLike, shift: int) -> MatLike:
+    height, width, _ = crop.shape
+    hsv = cv2.cvtColor(crop, cv2.COLOR_RGB2HSV_FULL)
+    rows = hsv.reshape(height, 3 * width)
+    # Added to whole rows, zeros included, because numpy is slow where it has to stride.
+    added = np.zeros(3 * width, np.uint8)
+    added[::3] = shift
+    np.add(rows, added, out=rows)
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+
+
+def _blur_kernel(sigma: float) -> NDArray[np.float32]:
+    """Return what Pillow's box filters (Gwosdek et al., 2011: boxes of fractional width) amount to along one side."""
+    variance = sigma * sigma / BOX_FILTERS
+    whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
+    edge = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    box = np.ones(2 * whole + 3)
+    box[0] = box[-1] = edge
+    box /= 2 * (whole + edge) + 1
+    # OpenCV takes more than twice as long with a kernel in double precision.
+    return functools.reduce(np.convolve, [box] * BOX_FILTERS).astype(np.float32)

@@ -1,0 +1,120 @@
+"""Linear layers with what stands around them, keeping less for the backward pass than autograd would.
+
+Between two linear layers of a block stand cheap operations: layer norm, GELU or gate, LayerScale. Autograd keeps the
+output of each; here they are computed again in the backward pass, from inputs that are kept anyway. Of what a block of
+a plain ViT keeps, that saves about two fifths; it costs about a hundredth of the time (docs/performance.md).
+
+The plain modules are the reference, and what runs where nothing is differentiated, under autocast, and in fp16, whose
+range the gradient of LayerScale could leave here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS = ("none", "gelu", "swiglu")
+
+
+def norm_linear(tokens: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
+    """Return ``linear(norm(tokens))`` for ``(rows, dim)``; kept: the tokens and two statistics of each row."""
+    if not _pays(tokens, linear.weight):
+        return linear(norm(tokens))
+    out: Tensor = _NormLinear.apply(tokens, norm.weight, norm.bias, linear.weight, linear.bias, norm.eps)
+    return out
+
+
+def activated_linear(hidden: Tensor, activation: str, linear: nn.Linear, gamma: Tensor | None) -> Tensor:
+    """Return ``linear(activation(hidden)) · gamma``; kept: ``hidden``.
+
+    Args:
+        hidden: ``(rows, width)``; with ``swiglu`` ``(rows, 2 · width)``, gates before values.
+        activation: one of :data:`ACTIVATIONS`.
+        gamma: ``(dim,)`` of LayerScale (arXiv 2103.17239), or None for none.
+    """
+    if not _pays(hidden, linear.weight):
+        out = linear(activate(hidden, activation))
+        return out if gamma is None else out * gamma
+    result: Tensor = _ActivatedLinear.apply(hidden, activation, linear.weight, linear.bias, gamma)
+    return result
+
+
+def activate(hidden: Tensor, activation: str) -> Tensor:
+    """Return the activation of ``hidden``, see :func:`activated_linear`."""
+    if activation == "gelu":
+        return F.gelu(hidden)
+    if activation == "swiglu":
+        gate, value = hidden.chunk(2, dim=-1)
+        return F.silu(gate) * value
+    return hidden
+
+
+def _pays(rows: Tensor, weight: Tensor) -> bool:
+    device = rows.device.type
+    return (
+        torch.is_grad_enabled()
+        and weight.requires_grad
+        and rows.dtype == weight.dtype != torch.float16
+        and not torch.is_autocast_enabled(device)
+    )
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> Tensor:
+        normed, mean, scale = torch.native_layer_norm(tokens, [tokens.shape[-1]], norm_weight, norm_bias, eps)
+        ctx.save_for_backward(tokens, norm_weight, norm_bias, weight, mean, scale)
+        ctx.eps = eps
+        return F.linear(normed, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, norm_weight, norm_bias, weight, mean, scale = ctx.saved_tensors
+        shape = [tokens.shape[-1]]
+        normed = torch.native_layer_norm(tokens, shape, norm_weight, norm_bias, ctx.eps)[0]
+        grad_weight = grad.t() @ normed
+        of_tokens, of_norm_weight, of_norm_bias = torch.ops.aten.native_layer_norm_backward(
+            grad @ weight, tokens, shape, mean, scale, norm_weight, norm_bias, [True, True, True]
+        )
+        return of_tokens, of_norm_weight, of_norm_bias, grad_weight, grad.sum(0), None
+
+
+class _ActivatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, activation: str, weight: Tensor, bias: Tensor, gamma: Tensor | None
+    ) -> Tensor:
+        ctx.activation = activation
+        ctx.save_for_backward(hidden, weight, bias, gamma)
+        out = F.linear(activate(hidden, activation), weight, bias)
+        return out if gamma is None else out.mul_(gamma)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, gamma = ctx.saved_tensors
+        # With y = (W a + b) γ, the gradients of W and γ are both sums of g aᵀ, so that W a need not be kept.
+        outer = grad.t() @ activate(hidden, ctx.activation)
+        total = grad.sum(0)
+        if gamma is None:
+            return _of_activation(grad @ weight, hidden, ctx.activation), None, outer, total, None
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        of_gamma = (outer.to(wide) * weight.to(wide)).sum(1) + total.to(wide) * bias.to(wide)
+        of_weight = outer.mul_(gamma[:, None])
+        of_hidden = _of_activation((grad * gamma) @ weight, hidden, ctx.activation)
+        return of_hidden, None, of_weight, total * gamma, of_gamma.to(gamma.dtype)
+
+
+def _of_activation(grad: Tensor, hidden: Tensor, activation: str) -> Tensor:
+    """Return the gradient of the loss in ``hidden`` from that in its activation."""
+    if activation == "gelu":
+        return torch.ops.aten.gelu_backward(grad, hidden)
+    if activation == "swiglu":
+        gate, value = hidden.chunk(2, dim=-1)
+        of_gate = torch.ops.aten.silu_backward(grad * value, gate)
+        return torch.cat([of_gate, grad * F.silu(gate)], dim=-1)
+    return grad
