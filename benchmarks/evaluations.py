@@ -27,7 +27,7 @@ def commands(run: Path, camvid: Path | None, cifar: Path | None) -> list[list[st
     dense = [(SCENES, ["--train-batch", "16", "--iterations", "1000"])]
     if camvid is not None:
         sizes = ["--classes", "11", "--first-class", "0", "--void", "11", "--short-side", "360", "--crop", "240"]
-        sizes += ["--stride", "160", "--iterations", "1000", "--warmup", "50", "--train-batch", "8"]
+        sizes += ["--stride", "160", "--iterations", "400", "--warmup", "50", "--train-batch", "8"]
         dense.append(((f"tar:{camvid}#train", f"tar:{camvid}#test"), sizes))
     found = []
     for twin in ([], ["--untrained"]):
