@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-fast check install clean
+.PHONY: demo test test-fast check bench install clean
 demo: $(READY)
 	$(BIN)/python launchers/demo.py
 
@@ -18,6 +18,9 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/step.py
 
 install: $(READY)
 

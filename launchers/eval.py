@@ -246,21 +246,29 @@ def evaluate_in_jobs(
     return evaluations.submit(run.resolve(), work, options)
 
 
-def watch(run: Path, evaluate: Callable[[list[int]], bool], seconds: float) -> None:
-    """Call ``evaluate`` with the steps of each new checkpoint until the run has saved its last one.
+def watch(run: Path, tasks: list[str], evaluate: Callable[[list[int]], bool], seconds: float) -> None:
+    """Call ``evaluate`` with the steps of each new checkpoint until the run has saved its last one, or has stopped.
 
-    Where it returns False, the same steps are tried again at the next look.
+    Checkpoints that have results of all tasks already are left out. Where ``evaluate`` returns False, the same steps
+    are tried again at the next look.
     """
-    from launchers.cluster.evaluations import is_over, new_steps
+    from launchers.cluster.evaluations import evaluated_steps, new_steps, why_stopped
+    from launchers.cluster.progress import is_over
 
-    seen: set[int] = set()
+    seen = evaluated_steps(run, tasks)
+    if seen:
+        print(f"evaluated before: step {', '.join(map(str, sorted(seen)))}; --step N repeats one", flush=True)
     while True:
-        over = is_over(run)  # before the look at the checkpoints: the last one is not to be missed
+        # Before the look at the checkpoints: the last one is not to be missed.
+        stopped = why_stopped(run)
+        over = bool(stopped) or is_over(run)
         steps = new_steps(run, seen)
         done = not steps or evaluate(steps)
         if done:
             seen.update(steps)
         if over and done:
+            if stopped:
+                print(f"{run} has stopped ({stopped}): there is nothing more to wait for", flush=True)
             return
         time.sleep(seconds)
 
@@ -343,7 +351,7 @@ def _here(watching: bool, run: Path, tasks: list[str], overrides: list[str], ste
         codes.extend(evaluate_here(commands(run, tasks, step, overrides)) for step in found)
         return True
 
-    watch(run, evaluate, SECONDS)
+    watch(run, tasks, evaluate, SECONDS)
     return next((code for code in codes if code), 0)
 
 
@@ -368,7 +376,7 @@ def _as_jobs(
         return True
 
     if arguments.watch:
-        watch(run, evaluate, evaluations.SECONDS)
+        watch(run, tasks, evaluate, evaluations.SECONDS)
     else:
         newest = progress.saved_steps(run)[-1:]
         if not newest:

@@ -153,13 +153,11 @@ def check_run_directory(config: Config, overwrite: bool) -> None:
     content = {path.name for path in directory.iterdir()} - {LOCK} if directory.is_dir() else set()
     if content and not saved.is_file() and not (directory / "logs").is_dir():
         raise UserError(f"{directory} is not empty and holds no run; choose another output_dir")
-    if saved.is_file():
-        differences = _differences(load(saved), config)
-        if differences:
-            raise UserError(
-                f"{directory} holds another run, which differs in {', '.join(differences[:6])}\n"
-                f"resume it: --config {saved}; start anew: --overwrite; or choose another --output-dir"
-            )
+    if saved.is_file() and (found := differences(load(saved), config)):
+        raise UserError(
+            f"{directory} holds another run, which differs in {', '.join(found[:6])}\n"
+            f"resume it: --config {saved}; start anew: --overwrite; or choose another --output-dir"
+        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / ".writable").touch()
@@ -198,7 +196,7 @@ def _lock(directory: Path) -> TextIO:
     return file
 
 
-def _differences(old: Config, new: Config) -> list[str]:
+def differences(old: Config, new: Config) -> list[str]:
     """Return the keys in which two configs describe different runs; where and how fast it runs may change."""
     from dinov2_fsdp.config import describe_keys
 

@@ -16,8 +16,10 @@ from dinov2_fsdp.config import to_yaml
 from dinov2_fsdp.errors import UserError
 from launchers import eval as launcher
 from launchers.cluster import evaluations
-from launchers.cluster.evaluations import Work, gather, is_over, new_steps
+from launchers.cluster.evaluations import Work, gather, new_steps, why_stopped
+from launchers.cluster.lives import FAILED, Cause, Lives
 from launchers.cluster.options import JobOptions
+from launchers.cluster.progress import is_over
 
 
 @pytest.fixture
@@ -98,8 +100,34 @@ def test_watching_evaluates_each_checkpoint_once_until_the_run_is_over(run: Path
             finish(run, 6)
         return True
 
-    launcher.watch(run, evaluate, seconds=0)
+    launcher.watch(run, ["knn"], evaluate, seconds=0)
     assert seen == [[2, 4], [6]]
+
+
+def test_watching_again_leaves_out_what_has_results_of_all_tasks(run: Path) -> None:
+    write_results(run, 2, "knn_1a2b3c")
+    write_results(run, 4, "linear")
+    finish(run, 4)
+    seen: list[list[int]] = []
+    launcher.watch(run, ["knn"], lambda steps: seen.append(steps) is None, seconds=0)
+    launcher.watch(run, ["knn", "linear"], lambda steps: seen.append(steps) is None, seconds=0)
+    assert seen == [[4], [2, 4]]
+
+
+def test_watching_ends_with_a_run_that_will_not_go_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lives = Lives(run)
+    life = lives.begin("7", "001", 0, ["node1"], [])
+    life.outcome, life.step, life.cause = FAILED, 4, Cause("exception", "no space left", 1)
+    life.next = "requeued"
+    assert why_stopped(run) == ""
+    life.next = "nothing"
+    lives.end(life)
+    seen: list[list[int]] = []
+    launcher.watch(run, ["knn"], lambda steps: seen.append(steps) is None, seconds=0)
+    assert seen == [[2, 4]]
+    assert "has stopped (failed at step 4: rank 1: no space left)" in capsys.readouterr().out
+    lives.begin("8", "002", 0, ["node1"], [])
+    assert why_stopped(run) == ""
 
 
 def test_a_submission_that_fails_while_watching_is_tried_again(

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from dinov2_fsdp.config import load, to_yaml
 from dinov2_fsdp.errors import UserError
 from launchers import slurm
 from launchers.cluster import batch, checks, controller, options, progress
@@ -220,6 +221,34 @@ def test_what_the_cluster_has_not_is_refused(
     stub()
     assert words in refusal("--output-dir", "run", *CPU, *arguments)
     assert not list(working_folder.iterdir())
+
+
+def test_one_partition_of_a_list_is_enough(
+    stub: Stub, working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub()
+    command = ("--output-dir", "run", *CPU, "--partition", "short,low", "--time", "2h")
+    assert start(*command) == 0
+    assert "not in every partition: --time 2h: partition 'short' allows 60 minutes" in capsys.readouterr().out
+    refused = refusal("--output-dir", "other", *CPU, "--partition", "short,old", "--time", "2h")
+    assert "partition 'short' allows 60 minutes" in refused
+
+
+def test_a_finished_run_is_not_submitted_again(
+    stub: Stub, working_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub()
+    run = working_folder / "run"
+    (run / "checkpoints" / "step_00000004").mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(load(None, CPU)))
+    (run / "metrics.jsonl").write_text('{"step": 4, "images": 16, "eta": 0}\n')
+    assert start("--output-dir", "run", *CPU) == 0
+    assert "is finished; start anew with --overwrite" in capsys.readouterr().out
+    assert not (run / "slurm").exists()
+    assert "holds another run" in refusal("--output-dir", "run", *CPU, "seed=7")
+    (run / "metrics.jsonl").write_text('{"step": 4, "images": 16, "eta": 3}\n')
+    assert start("--output-dir", "run", *CPU) == 0
+    assert (run / "slurm").is_dir()
 
 
 def test_what_sbatch_refuses_is_said_in_its_words(stub: Stub, working_folder: Path) -> None:

@@ -16,25 +16,32 @@ _LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "zfs", "f2fs", "apf
 
 
 def check_partition(demand: Demand) -> list[str]:
-    """Compare a job with the partition that it goes to, and return what is worth knowing.
+    """Compare a job with the partitions that it may go to, and return what is worth knowing.
 
     Raises:
-        UserError: the partition does not exist, is down, or has nothing that large.
+        UserError: a partition does not exist, or each of them is down or has nothing that large.
     """
     kinds, options = partitions(), demand.options
     names = list(dict.fromkeys(kind.partition for kind in kinds))
     if not names:
         raise UserError("this cluster shows no partition to you; ask its administrators for access")
-    notes = []
-    for name in (options.partition or _default(kinds)).split(","):
+    notes, refusals = [], []
+    asked = (options.partition or _default(kinds)).split(",")
+    for name in asked:
         mine = [kind for kind in kinds if kind.partition == name]
         if not mine:
             raise UserError(f"partition '{name}' does not exist{nearest(name, names)}\nvalid: {', '.join(names)}")
-        if not any(kind.up for kind in mine):
-            raise UserError(f"partition '{name}' is down; up are: {', '.join(_up(kinds)) or 'none'}")
-        _check_size(demand, name, mine)
-        notes += _check_time(demand, name, mine)
-    return notes
+        try:
+            if not any(kind.up for kind in mine):
+                raise UserError(f"partition '{name}' is down; up are: {', '.join(_up(kinds)) or 'none'}")
+            _check_size(demand, name, mine)
+            notes += _check_time(demand, name, mine)
+        except UserError as error:
+            refusals.append(error)
+    if len(refusals) == len(asked):
+        raise refusals[0]
+    # SLURM starts a job in the first partition of a list that can take it.
+    return [*notes, *(f"not in every partition: {error}" for error in refusals)]
 
 
 def _default(kinds: list[NodeKind]) -> str:

@@ -16,8 +16,9 @@ from dinov2_fsdp.errors import UserError
 from launchers.cluster import checks, submission
 from launchers.cluster.allocation import meeting_point, place_in_job
 from launchers.cluster.controller import ACTIVE, states
+from launchers.cluster.lives import FINISHED, Lives
 from launchers.cluster.options import DEFAULT_SIGNAL_SECONDS, JobOptions
-from launchers.cluster.progress import last_lines, saved_steps
+from launchers.cluster.progress import saved_steps
 from launchers.cluster.snapshot import ROOT, copy_code
 from launchers.cluster.submission import Demand
 
@@ -142,10 +143,22 @@ def new_steps(run: Path, seen: set[int]) -> list[int]:
     return [step for step in saved_steps(run) if step not in seen]
 
 
-def is_over(run: Path) -> bool:
-    """Return whether a run has reached its last step and saved it."""
-    lines = [line for line in last_lines(run) if "eta" in line][-1:]
-    return bool(lines) and lines[0]["eta"] == 0 and lines[0]["step"] in saved_steps(run)
+def evaluated_steps(run: Path, tasks: Sequence[str]) -> set[int]:
+    """Return the steps of which results of every one of ``tasks`` are there, whatever their settings."""
+    found = {
+        task: {int(file.parent.parent.name[5:]) for file in run.glob(f"eval/step_*/{task}*/results.json")}
+        for task in tasks
+    }
+    return set.intersection(*found.values()) if found else set()
+
+
+def why_stopped(run: Path) -> str:
+    """Return why a run on a cluster will not go on by itself; empty if it goes on, is finished, or never had a job."""
+    lives = Lives(run).all()
+    last = lives[-1] if lives else None
+    if last is None or last.next != "nothing" or last.outcome == FINISHED:
+        return ""
+    return f"{last.outcome} at step {last.step}" + (f": {last.cause}" if last.cause else "")
 
 
 def gather(run: Path) -> list[dict[str, str]]:

@@ -59,3 +59,9 @@ def signal_seconds(run_dir: Path, batch: int, minutes: int | None, default: int)
     saves = [sum(line.get(key, 0.0) for key in _SAVING) for line in lines if line.get(_SAVING[1])]
     seconds = math.ceil(2 * (max(steps[-50:]) + max(saves[-50:]))) + _SLACK if steps and saves else default
     return seconds if minutes is None else max(1, min(seconds, 15 * minutes))
+
+
+def is_over(run: Path) -> bool:
+    """Return whether a run has reached its last step and saved it."""
+    lines = [line for line in last_lines(run) if "eta" in line][-1:]
+    return bool(lines) and lines[0]["eta"] == 0 and lines[0]["step"] in saved_steps(run)

@@ -39,6 +39,12 @@ def launch(arguments: argparse.Namespace) -> int:
     """Check, submit and (``--follow``) watch; return the exit code."""
     options = job_options(arguments)
     runs = runs_of(arguments)
+    done = [] if arguments.dry_run or arguments.overwrite else [run for run in runs if _is_finished(run)]
+    for run in done:
+        print(f"{run.directory} is finished; start anew with --overwrite, or choose another --output-dir")
+    runs = [run for run in runs if run not in done]
+    if not runs:
+        return 0
     demand = demand_of(options, runs)
     for run in runs:
         _check_config(run.config, demand)
@@ -64,6 +70,12 @@ def launch(arguments: argparse.Namespace) -> int:
     jobs = submit(demand, runs)
     _show(demand, runs, jobs, list(dict.fromkeys(notes)))
     return _follow(runs, jobs) if arguments.follow else 0
+
+
+def _is_finished(run: Run) -> bool:
+    """Return whether a job would find nothing left to do."""
+    saved = run.directory / "config.yaml"
+    return saved.is_file() and progress.is_over(run.directory) and not local.differences(load(saved), run.config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
