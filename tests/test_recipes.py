@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dinov2_fsdp.config import Config, load
-from dinov2_fsdp.planner import count_parameters, plan
+from dinov2_fsdp.counts import count_parameters
+from dinov2_fsdp.planner import plan
 from dinov2_fsdp.ssl.network import Network
 
 ROOT = Path(__file__).resolve().parent.parent

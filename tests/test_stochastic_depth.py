@@ -108,3 +108,16 @@ def test_all_sequences_kept_equals_no_plan() -> None:
     with_plan, _ = model.forward_packed([tiny_images(3)], [None], everything)
     without, _ = model.forward_packed([tiny_images(3)], [None])
     torch.testing.assert_close(with_plan, without)
+
+
+def test_the_gradient_is_that_of_finite_differences() -> None:
+    layout = Layout(((4, 2),))
+    plan = draw_plan(layout, 1, 0.5, np.random.default_rng(0))
+    assert plan is not None
+    weight = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+
+    def run(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return add_residual(tokens, layout, lambda kept, _: (kept @ weight).sin(), plan.subset(0))
+
+    tokens = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (tokens, weight))

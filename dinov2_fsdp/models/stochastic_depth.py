@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,6 +78,21 @@ def add_residual(
     if subset is None:
         return tokens + branch(tokens, layout)
     kept = tokens.index_select(0, subset.rows)
-    residual = branch(kept, subset.layout) * subset.scale.to(kept.dtype)
-    # Rows are distinct, so copying the sums in place of adding at an index gives the same values without atomics.
-    return tokens.index_copy(0, subset.rows, kept + residual)
+    residual = branch(kept, subset.layout)
+    out: Tensor = _AddToRows.apply(tokens, kept.detach(), residual, subset.rows, subset.scale.to(residual.dtype))
+    return out
+
+
+class _AddToRows(torch.autograd.Function):
+    """``tokens`` with ``residual · scale`` added to the rows ``kept``; autograd's own ways would keep the sums."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, kept: Tensor, residual: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, scale)
+        # Rows are distinct, so copying the sums in place of adding at an index gives the same values without atomics.
+        return tokens.index_copy(0, rows, torch.addcmul(kept, residual, scale))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, scale = ctx.saved_tensors
+        return grad, None, grad.index_select(0, rows).mul_(scale), None, None

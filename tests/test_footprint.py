@@ -1,0 +1,117 @@
+"""Estimated memory and traffic against what autograd keeps and what collectives move."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_config
+from torch import Tensor
+
+from dinov2_fsdp.config import Config, load
+from dinov2_fsdp.data.loader import build_loader
+from dinov2_fsdp.data.sources import open_source
+from dinov2_fsdp.footprint import activation_bytes, footprint, logits_bytes, traffic, ways_to_fit
+from dinov2_fsdp.models.initialise import initialise
+from dinov2_fsdp.planner import plan
+from dinov2_fsdp.ssl.network import Network
+from dinov2_fsdp.ssl.step import SelfDistillation
+
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {
+    "model__patch": 14, "model__dim": 96, "model__depth": 4, "model__heads": 3, "crops__global_size": 112,
+    "crops__local_size": 56, "crops__local_number": 4, "train__batch": 8, "train__microbatch": 8,
+    "dino_head__prototypes": 2048, "dino_head__hidden": 128, "dino_head__bottleneck": 32, "train__precision": "fp32",
+    "masks__probability": 1.0, "masks__ratio": [0.3, 0.3], "data__train": "scenes:n=8",
+}  # fmt: skip
+
+
+def config_of(**changes: Any) -> Config:
+    return tiny_config(**{**SIZES, "model__drop_path": 0.0, **changes})
+
+
+def kept_by_autograd(config: Config) -> int:
+    """What a microbatch's loss keeps for the backward pass, without the weights themselves."""
+    student, teacher = Network(config), Network(config)
+    for network in (student, teacher):
+        initialise(network, 0, config.model.layer_scale)
+        network.backbone.set_attention_backend("math")
+    method = SelfDistillation(config, student, teacher, CPU)
+    batch = next(build_loader(config, open_source(config.data.train), 0, 1, 0, 1, False))
+    (targets,) = method.targets([batch], 0.05)
+    weights = {p.untyped_storage().data_ptr() for p in student.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        method.loss(batch, targets)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model__ffn": "swiglu"},
+        {"model__drop_path": 0.4},
+        {"model__registers": 4, "crops__local_number": 0},
+        {"dino_head__prototypes": 16384},
+    ],
+    ids=["mlp", "swiglu", "stochastic depth", "registers, no local crops", "many prototypes"],
+)
+def test_the_estimate_is_what_autograd_keeps(changes: dict[str, Any]) -> None:
+    config = config_of(**changes)
+    estimate = activation_bytes(config, "cpu") + logits_bytes(config)
+    assert estimate == pytest.approx(kept_by_autograd(config), rel=0.1)
+
+
+def test_recomputed_blocks_keep_their_input_alone() -> None:
+    none, selective, full = (
+        activation_bytes(config_of(parallel__activation_checkpointing=mode), "cpu")
+        for mode in ("none", "selective", "full")
+    )
+    assert full < selective < none
+    deep = config_of(parallel__activation_checkpointing="full", model__depth=104)
+    shallow = config_of(parallel__activation_checkpointing="full", model__depth=4)
+    tokens = 16 * 65 + 32 * 17
+    assert activation_bytes(deep, "cpu") - activation_bytes(shallow, "cpu") == 100 * tokens * 96 * 4
+
+
+def test_half_the_precision_takes_half_the_memory() -> None:
+    exact, half = (activation_bytes(config_of(train__precision=name), "cpu") for name in ("fp32", "bf16"))
+    assert half == exact / 2
+
+
+def test_attention_weights_are_kept_by_plain_attention_alone() -> None:
+    plain, fused = (activation_bytes(config_of(parallel__attention=name), "cpu") for name in ("math", "sdpa"))
+    weights = 4 * 3 * (16 * 65**2 + 32 * 17**2) * 4
+    assert plain - fused == weights - 4 * 3 * (16 * 65 + 32 * 17) * 4
+
+
+def test_traffic_of_one_rank_is_none_and_of_many_that_of_rings() -> None:
+    config = load("configs/vitg14.yaml", ["data.train=scenes:n=4000"])
+    assert traffic(load("configs/bench.yaml"), 1) == {}
+    moved = traffic(config, 128)
+    weights = (1_134_776_832 + 58_556_416 + 41_648_384) * 2 * 127 / 128
+    assert moved["teacher's weights (all-gather)"] == pytest.approx(2 * weights, rel=0.01)
+    assert moved["student's weights (all-gather)"] == pytest.approx(4 * weights, rel=0.01)
+    assert moved["gradients (reduce-scatter)"] == pytest.approx(2 * weights, rel=0.01)
+
+
+def test_what_does_not_fit_is_said_with_a_way_out() -> None:
+    config = load("configs/vitg14.yaml", ["data.train=scenes:n=4000", "train.batch=1024", "train.microbatch=128"])
+    text = plan(config, 8, "cuda", 4000, gpu_gib=80.0)
+    assert (
+        "warning: that is too much for a GPU of 80 GiB; what would fit: parallel.activation_checkpointing=full" in text
+    )
+    limit = 0.9 * 80 * 2**30
+    assert footprint(config, 8, "cuda").total > limit
+    (smaller,) = [way for way in ways_to_fit(config, 8, "cuda", limit) if way.startswith("train.microbatch=")]
+    changed = load("configs/vitg14.yaml", ["data.train=scenes:n=4000", "train.batch=1024", smaller])
+    assert footprint(changed, 8, "cuda").total < limit
+    assert "warning" not in plan(changed, 8, "cuda", 4000, gpu_gib=80.0)
