@@ -64,11 +64,13 @@ def test_curves_are_drawn_at_their_size(tmp_path: Path) -> None:
     assert distinct_colours(png) > 500
 
 
+@pytest.mark.slow
 def test_curves_of_a_run_that_logged_little_are_drawn_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 3.0}\n')
     assert distinct_colours(training_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")) > 50
 
 
+@pytest.mark.slow
 def test_a_line_that_appears_in_the_log_appears_in_the_picture(tmp_path: Path) -> None:
     lines = [{"step": step, "loss": 3.0} for step in range(9)]
     pictures = []

@@ -84,6 +84,7 @@ def test_a_process_alone_that_hangs_is_ended(capsys: pytest.CaptureFixture[str])
     assert "rank 0 (" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_silent_rank_is_what_a_lost_connection_is_blamed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pulse_module, "DEAD", 60.0)
     with ranks(3) as (pulses, _):

@@ -119,6 +119,7 @@ def fp16_run(run_dir: Path, duration: str = "8it") -> Config:
     )
 
 
+@pytest.mark.slow
 def test_an_fp16_run_resumes_with_its_scale(tmp_path: Path) -> None:
     train_alone(fp16_run(tmp_path / "whole"))
     assert saved_tensors(tmp_path / "whole", 4)["scaler.scale"].item() < 2.0**15

@@ -47,7 +47,7 @@ def vitl14() -> tuple[Config, dict[str, int]]:
     return config, held_on_meta(config, 0, 1)
 
 
-@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))])
 def test_every_rank_of_a_vitl_holds_its_share(vitl14: tuple[Config, dict[str, int]], ranks: int) -> None:
     config, whole = vitl14
     held = [held_on_meta(config, rank, ranks) for rank in range(ranks)]
