@@ -188,3 +188,24 @@ def test_a_store_that_does_not_answer_is_rank_0s_end() -> None:
 )
 def test_errors_that_only_say_that_another_rank_is_gone_are_told_from_causes(error: Exception, loss: bool) -> None:
     assert is_loss_of_another(error) is loss
+
+
+def test_ranks_that_reach_their_limit_together_leave_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rank 0 keeps the store in which the other one finds that all is said, so it must not be gone at once."""
+    with ranks(2, limit=1.0) as (pulses, ended):
+        for pulse in pulses:
+            pulse.at("data", 3)
+        wait_until(lambda: len(ended) == 2)
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert len(said) == 1, said
+
+
+def test_rank_0_ends_after_the_others_have_read_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse_module, "LINGER", 60.0)
+    with ranks(2) as (pulses, _):
+        store, had_left = pulses[0]._store, []
+        assert store is not None
+        pulses[0].end = lambda code: had_left.append(store.check(["left/1"]))
+        pulses[0]._end("no space left")
+        assert had_left == [True]
+        assert pulses[1]._cause() == "no space left"

@@ -30,7 +30,7 @@ DEAD = 30.0
 """Seconds without a beat after which a rank's neighbour ends the run, if no communication has failed by then."""
 GRACE = 5.0
 """Seconds in which a rank may end by itself once another one has said why the run is over."""
-LINGER = 3.0
+LINGER = 5.0
 """Seconds that rank 0 waits for the others before it takes the store with it, if it fails or they do not leave."""
 ANSWER = 3.0
 """Seconds within which the store between the ranks has to answer."""
@@ -79,15 +79,17 @@ class Pulse(AbstractContextManager["Pulse"]):
 
     def __exit__(self, *error: object) -> None:
         if self.world.rank == 0 and self._store is not None and error[0] is not None:
-            time.sleep(LINGER)  # rank 0 keeps the store in which the others read why the run is over
+            self._leave()  # rank 0 keeps the store in which the others read why the run is over
         self._over.set()
         for thread in self._threads:
             thread.join(2 * self.interval)
-        if self._store is not None and error[0] is None:
+        if error[0] is None:
             self._leave()
 
     def _leave(self) -> None:
-        """Leave; rank 0, which keeps the store, does so last, so that nobody's last beat finds the store gone."""
+        """Leave; rank 0, which keeps the store, does so last: nobody's last beat or question finds the store gone."""
+        if self._store is None:
+            return
         self._ask(lambda store: store.set(f"left/{self.world.rank}", ""))
         everybody = [f"left/{rank}" for rank in range(self.world.size)]
         deadline = time.monotonic() + LINGER
@@ -192,6 +194,7 @@ class Pulse(AbstractContextManager["Pulse"]):
     def _end_quietly(self) -> None:
         """End this process, because another one has said why the run is over, unless it is ending by itself."""
         text = self._cause() or "another rank failed"
+        self._leave()
         if not self._over.wait(GRACE):
             logger.error("this rank ends because of another: %s", text, extra=FILE_ONLY)
             self.end(EXIT_FAILED)
@@ -200,6 +203,8 @@ class Pulse(AbstractContextManager["Pulse"]):
         if self.claim(text) if mine is None else mine:
             print(f"error: {text}", file=sys.stderr, flush=True)
         logger.error("%s", text, extra=FILE_ONLY)
+        # Others may have come to the same end at the same moment: they have to find here that it is said.
+        self._leave()
         self.end(EXIT_FAILED)
 
     def _hang(self, beats: dict[int, tuple[int, float]]) -> None:
