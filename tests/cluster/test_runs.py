@@ -54,12 +54,11 @@ def test_the_pre_flight_times_each_node(two_by_two: Job) -> None:
 
 def test_the_same_command_finds_nothing_left_to_do(two_by_two: Job) -> None:
     config = two_by_two.run_dir.parent / "run.yaml"
-    again = submit(config, two_by_two.run_dir, "--nodes", "1")
-    try:
-        assert again.wait() == "COMPLETED"
-    finally:
-        again.cancel()
-    assert [life.outcome for life in again.lives] == [FINISHED, FINISHED]
+    again = launch("--config", str(config), "--output-dir", str(two_by_two.run_dir), "--nodes", "1")
+    assert again.returncode == 0, again.stderr
+    assert "is finished" in again.stdout
+    assert "submitted" not in again.stdout
+    assert [life.outcome for life in two_by_two.lives] == [FINISHED]
     assert saved_steps(two_by_two.run_dir) == [4]
 
 
