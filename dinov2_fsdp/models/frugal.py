@@ -1,8 +1,8 @@
 """Linear layers with what stands around them, keeping less for the backward pass than autograd would.
 
 Between two linear layers of a block stand cheap operations: layer norm, GELU or gate, LayerScale. Autograd keeps the
-output of each; here they are computed again in the backward pass, from inputs that are kept anyway. Of what a block of
-a plain ViT keeps, that saves about two fifths; it costs about a hundredth of the time (docs/performance.md).
+output of each; here they are computed again in the backward pass, from inputs that are kept anyway. Of what the blocks
+of a plain ViT keep, that saves more than a third (docs/performance.md).
 
 The plain modules are the reference, and what runs where nothing is differentiated, under autocast, and in fp16, whose
 range the gradient of LayerScale could leave here.
