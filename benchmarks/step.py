@@ -169,7 +169,7 @@ def main() -> int:
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="of each run; the first half is not counted")
-    parser.add_argument("--output", default="runs/bench/step.json", help="where all figures go")
+    parser.add_argument("--output", default="runs/bench.json", help="where all figures go")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     results = [

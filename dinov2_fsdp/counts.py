@@ -71,6 +71,14 @@ def _head_flops(head: HeadConfig, dim: int) -> float:
     return 2.0 * sum(a * b for a, b in pairwise(widths))
 
 
+def masked_patches(config: Config) -> float:
+    """Return how many patches of one image's global crops are masked, on average."""
+    if config.loss.ibot == 0:
+        return 0.0
+    patches = (config.crops.global_size // config.model.patch) ** 2
+    return 2 * config.masks.probability * sum(config.masks.ratio) / 2 * patches
+
+
 def step_flops_per_image(config: Config) -> float:
     """Return the useful operations of one training step per image: teacher forward, student forward and backward.
 
@@ -78,8 +86,7 @@ def step_flops_per_image(config: Config) -> float:
     """
     crops, dim = config.crops, width_depth_heads(config.model)[0]
     drop = config.model.drop_path
-    patches = (crops.global_size // config.model.patch) ** 2
-    masked = 2 * config.masks.probability * sum(config.masks.ratio) / 2 * patches if config.loss.ibot > 0 else 0.0
+    masked = masked_patches(config)
     dino = _head_flops(config.dino_head, dim)
     ibot = _head_flops(config.ibot_head if config.ibot_head.separate else config.dino_head, dim)
     student = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from dinov2_fsdp.config import Config, microbatches_per_rank, width_depth_heads
-from dinov2_fsdp.counts import count_parameters, ffn_widths, state_bytes
+from dinov2_fsdp.counts import count_parameters, ffn_widths, masked_patches, state_bytes
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 MATH_LONGEST = 512
@@ -67,7 +67,7 @@ def _kept_by_block(config: Config, kind: str, count: int, length: int) -> int:
     values = tokens * (6 * dim + hidden)
     if _plain_attention(config, kind) and length <= MATH_LONGEST:
         values += kept * heads * length**2
-    elif not _plain_attention(config, kind) or length > MATH_LONGEST:
+    else:
         values += tokens * heads * 4 // size  # the logarithm of each softmax's sum, in float32
     return values * size
 
@@ -87,17 +87,10 @@ def _groups(config: Config) -> list[tuple[int, int]]:
     return [(count, 1 + model.registers + (side // model.patch) ** 2) for count, side in _crops(config)]
 
 
-def masked_patches(config: Config) -> float:
-    """Return how many patches of a microbatch are masked, on average."""
-    if config.loss.ibot == 0:
-        return 0.0
-    patches = (config.crops.global_size // config.model.patch) ** 2
-    return 2 * config.train.microbatch * config.masks.probability * sum(config.masks.ratio) / 2 * patches
-
-
 def logits_bytes(config: Config) -> int:
     """Return what the heads and the losses keep of one microbatch: hidden layers, logits, targets."""
-    images, masked = config.train.microbatch, masked_patches(config)
+    images = config.train.microbatch
+    masked = images * masked_patches(config)
     size = BYTES[config.parallel.heads_precision or config.train.precision]
     ibot = config.ibot_head if config.ibot_head.separate else config.dino_head
     rows = (2 + config.crops.local_number) * images

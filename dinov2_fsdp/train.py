@@ -142,8 +142,6 @@ def run(
         student.named_parameters(), len(student.backbone.blocks), config.optim.layer_decay, config.optim.patch_embed_lr
     )
     optimizer = build_optimizer(groups, config.optim.name, config.optim.betas, 1e-8, config.optim.momentum)
-    # Made before the first step's activations: between them, what stays would leave holes that nothing fits.
-    optimizer_tensors(optimizer)
     scaler = LossScaler(config.train.precision == "fp16", world.device)
     nonfinite = NonFiniteSteps(config.train.max_nonfinite, world.device)
 

@@ -107,6 +107,7 @@ def test_watching_evaluates_each_checkpoint_once_until_the_run_is_over(run: Path
 def test_watching_again_leaves_out_what_has_results_of_all_tasks(run: Path) -> None:
     write_results(run, 2, "knn_1a2b3c")
     write_results(run, 4, "linear")
+    write_results(run, 4, "knn_untrained")
     finish(run, 4)
     seen: list[list[int]] = []
     launcher.watch(run, ["knn"], lambda steps: seen.append(steps) is None, seconds=0)

@@ -9,10 +9,12 @@ import torch
 from tiny import tiny_config
 from torch import Tensor
 
+from dinov2_fsdp import footprint as footprint_module
 from dinov2_fsdp.config import Config, load
 from dinov2_fsdp.data.loader import build_loader
 from dinov2_fsdp.data.sources import open_source
 from dinov2_fsdp.footprint import activation_bytes, footprint, logits_bytes, traffic, ways_to_fit
+from dinov2_fsdp.models import attention
 from dinov2_fsdp.models.initialise import initialise
 from dinov2_fsdp.planner import plan
 from dinov2_fsdp.ssl.network import Network
@@ -85,6 +87,11 @@ def test_recomputed_blocks_keep_their_input_alone() -> None:
 def test_half_the_precision_takes_half_the_memory() -> None:
     exact, half = (activation_bytes(config_of(train__precision=name), "cpu") for name in ("fp32", "bf16"))
     assert half == exact / 2
+
+
+def test_plain_attention_ends_at_the_same_length_here_and_in_the_model() -> None:
+    """It stands twice, as plans are made without torch."""
+    assert footprint_module.MATH_LONGEST == attention.MATH_LONGEST
 
 
 def test_attention_weights_are_kept_by_plain_attention_alone() -> None:
