@@ -27,9 +27,7 @@ from dinov2_fsdp.checkpoint import (
     DamagedCheckpoints,
     SavedCheckpoint,
     SaveFailed,
-    Superseded,
     begin_life,
-    check_life,
     damage,
     find_checkpoint,
     list_checkpoints,
@@ -465,17 +463,6 @@ def test_what_one_rank_finds_damaged_no_rank_takes(two_ranks: list[dict[str, Any
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Lives: an orphan of an earlier one cannot touch the run
-
-
-def test_every_life_gets_a_number_of_its_own(tmp_path: Path) -> None:
-    assert [begin_life(tmp_path, None) for _ in range(3)] == [1, 2, 3]
-    check_life(tmp_path, 3)
-
-
-def test_a_life_that_was_counted_by_the_scheduler_keeps_its_number(tmp_path: Path) -> None:
-    assert begin_life(tmp_path, 5) == 5
-    with pytest.raises(Superseded, match=r"this is life 4 .* life 5 has begun on"):
-        begin_life(tmp_path, 4)
 
 
 def test_an_orphan_cannot_save_once_the_next_life_has_begun(world: World, tmp_path: Path) -> None:

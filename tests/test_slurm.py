@@ -2,87 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from submitting import CPU, Stub, refusal, start
 
 from dinov2_fsdp.config import load, to_yaml
 from dinov2_fsdp.errors import UserError
-from launchers import slurm
-from launchers.cluster import batch, checks, controller, options, progress
-from launchers.cluster.allocation import Allocation, without_job
-from launchers.cluster.batch import free_ports
-from launchers.cluster.follow import Followed, look
-from launchers.cluster.lives import Life, Lives
-from launchers.cluster.rank import stop_in_time
-from launchers.cluster.submission import Submission, record_job
-from launchers.cluster.training import launch
+from launchers.cluster import checks, controller, options
+from launchers.cluster.allocation import without_job
+from launchers.cluster.submission import Submission
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = str(ROOT / "launchers" / "slurm.py")
 GOLDEN = Path(__file__).with_name("golden") / "vitg14.sbatch.txt"
-CPU = ("parallel.device=cpu", "train.batch=8", "train.microbatch=2", "data.workers=1", "data.train=scenes:n=24,size=32")
 
 
-@pytest.fixture(autouse=True)
-def no_site_of_this_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no settings"))
-
-
-@pytest.fixture
-def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "work"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
-PARTITIONS = "'low*|up|infinite|4|64|gpu:8' 'short|up|1:00:00|2|32|(null)' 'old|down|1:00|1|8|'"
-Stub = Callable[..., Path]
-
-
-@pytest.fixture
-def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
-    """Commands of SLURM that say what a test wants: `stub(sinfo="echo …")` returns their folder."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-
-    def write(**commands: str) -> Path:
-        defaults = {
-            "sinfo": f"printf '%s\\n' {PARTITIONS}",
-            "squeue": "exit 1",
-            "scontrol": "exit 1",
-            "srun": "exit 1",
-            "sbatch": f'cp "${{@: -1}}" "{folder}/script"; env >"{folder}/env"; echo "Submitted batch job 77"',
-        }
-        for name, body in {**defaults, **commands}.items():
-            (folder / name).write_text(f"#!/bin/bash\n{body}\n")
-            (folder / name).chmod(0o755)
-        return folder
-
-    return write
-
-
-def start(*arguments: str) -> int:
-    return launch(slurm.parse([*arguments]))
-
-
-def refusal(*arguments: str) -> str:
-    """The message with which a command is refused: at most five lines."""
-    with pytest.raises(UserError) as caught:
-        start(*arguments)
-    assert len(str(caught.value).splitlines()) <= 4
-    return str(caught.value)
+pytestmark = pytest.mark.usefixtures("no_site_of_this_user")
 
 
 def command(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -480,177 +419,3 @@ def test_a_queued_job_has_its_own_copy_of_code_and_config(stub: Stub, working_fo
     )  # fmt: skip
     assert result.stdout.startswith(str(code))
     assert (code / "COMMIT").read_text().strip()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The site's file.
-
-
-def test_a_site_file_fills_in_what_the_command_leaves_out(stub: Stub, working_folder: Path) -> None:
-    folder = stub()
-    site = working_folder / "site.yaml"
-    site.write_text(
-        "partition: low\naccount: lab\ntime: 2h\nenv: {A: 1}\nslurm: {reservation: big}\nsetup: [module load a]\n"
-        "preflight: off\n"
-    )
-    start("--output-dir", "run", "--site", str(site), "--account", "mine", "--env", "B=2", "--setup", "b", *CPU)
-    lines = (folder / "script").read_text().splitlines()
-    for line in ("#SBATCH --partition=low", "#SBATCH --account=mine", "#SBATCH --time=120", "export A=1", "export B=2",
-                 "#SBATCH --reservation=big", "module load a", "b"):  # fmt: skip
-        assert line in lines
-    assert Submission.read(working_folder / "run" / "slurm" / "001").preflight == "off"
-
-
-def test_the_user_s_own_site_file_is_found(stub: Stub, working_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = stub()
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(working_folder))
-    (working_folder / "dinov2_fsdp").mkdir()
-    (working_folder / "dinov2_fsdp" / "slurm.yaml").write_text("qos: fast\n")
-    start("--output-dir", "run", *CPU)
-    assert "#SBATCH --qos=fast" in (folder / "script").read_text()
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("partitoin: low", "unknown key 'partitoin'; did you mean 'partition'?"),
-        ("nodes: 1.5", "'nodes' holds '1.5'; it needs a whole number"),
-        ("partition: [a, b]", "'partition' holds ['a', 'b']; it needs one value"),
-        ("nodes: many", "'nodes' holds 'many'; it needs a whole number"),
-        ("slurm: fast", "'slurm' holds 'fast'; it needs lines like"),
-        ("preflight: maybe", "'preflight' holds 'maybe'; valid: warn, exclude, off"),
-        ("[1, 2]", "must hold lines like"),
-        ("a: b: c", "cannot be read as YAML"),
-        ("x: !!python/object/apply:os.system [touch hacked]", "cannot be read as YAML"),
-    ],
-)
-def test_what_is_wrong_with_a_site_file_is_said(content: str, words: str, working_folder: Path) -> None:
-    (working_folder / "site.yaml").write_text(content)
-    assert words in refusal("--site", "site.yaml", "--output-dir", "run", *CPU)
-    assert not (working_folder / "hacked").exists()
-
-
-def test_what_a_site_file_says_is_taken_as_it_is_written(stub: Stub, working_folder: Path) -> None:
-    """YAML would read these as 7200, 83, 960, true and the word None."""
-    folder = stub()
-    (working_folder / "site.yaml").write_text(
-        "time: 2:00:00\naccount: 0123\nqos: on\nexclude: null\nconstraint:\nslurm: {begin: 16:00, exclusive: }\n"
-    )
-    start("--output-dir", "run", "--site", "site.yaml", *CPU)
-    lines = (folder / "script").read_text().splitlines()
-    for line in ("time=120", "account=0123", "qos=on", "begin=16:00", "exclusive"):
-        assert f"#SBATCH --{line}" in lines
-    assert not [line for line in lines if "exclude" in line or "constraint" in line]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What follows from measured times; ports.
-
-
-def write_metrics(run: Path, **values: Any) -> None:
-    run.mkdir(parents=True, exist_ok=True)
-    line = {
-        "step": 10,
-        "images": 80,
-        "img_per_s": 0.5,
-        "checkpoint/writing_s": 40.0,
-        "checkpoint/stall_s": 1.0,
-        **values,
-    }
-    (run / "metrics.jsonl").write_text(json.dumps(line) + '\n{"step": 11, "ima')
-
-
-def test_the_signal_comes_before_a_step_and_a_save_as_measured(tmp_path: Path) -> None:
-    assert progress.signal_seconds(tmp_path, 8, None, default=300) == 300
-    assert progress.signal_seconds(tmp_path, 8, 10, default=300) == 150  # a quarter of ten minutes
-    write_metrics(tmp_path)
-    # A step of 8 images takes 16 s, a save 41 s; SLURM may be a minute off.
-    assert progress.signal_seconds(tmp_path, 8, None, default=300) == 2 * (16 + 41) + 60
-
-
-@pytest.mark.parametrize(("left", "stopped"), [(150.0, True), (900.0, False)])
-def test_a_life_stops_as_early_as_its_own_times_ask_for(tmp_path: Path, left: float, stopped: bool) -> None:
-    """SLURM's signal was settled before anything had been measured."""
-    write_metrics(tmp_path)  # 174 s
-    now, ended, calls = time.time(), threading.Event(), []
-
-    class Ended(threading.Event):
-        looks = 0
-
-        def wait(self, timeout: float | None = None) -> bool:
-            self.looks += 1
-            return self.looks > 3
-
-    life = Life(1, "1", "/s", 0, ["n"], now - 3000, [1, 2], limit=now + left)
-    stop_in_time(tmp_path, 8, life, lambda: calls.append(1), Ended(), every=0)
-    stop_in_time(tmp_path, 8, dataclasses.replace(life, limit=None), lambda: calls.append(2), ended)
-    assert calls == ([1] if stopped else [])
-
-
-@pytest.mark.parametrize(
-    ("said", "seconds"), [("59:58", 3598), ("1-02:00:01", 93601), ("UNLIMITED", None), ("INVALID", None)]
-)
-def test_what_is_left_of_a_job_is_what_slurm_says(stub: Stub, said: str, seconds: float | None) -> None:
-    stub(squeue=f"echo {said}")
-    assert controller.seconds_left("7") == seconds
-
-
-def test_a_cut_off_line_of_metrics_is_left_out(tmp_path: Path) -> None:
-    write_metrics(tmp_path)
-    assert progress.last_step(tmp_path) == 10
-
-
-def test_jobs_that_start_together_on_a_node_take_different_ports() -> None:
-    taken = [port for job in range(1000, 1100) for port in free_ports(str(job), 0)]
-    assert len(set(taken)) == len(taken)
-    assert set(free_ports("1000", 1)).isdisjoint(free_ports("1000", 0))
-
-
-def test_a_port_in_use_is_passed_over() -> None:
-    import socket
-
-    first = free_ports("123", 0)
-    with socket.socket() as taken:
-        taken.bind(("", first[0]))
-        taken.listen()
-        assert first[0] not in free_ports("123", 0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A cluster that lets no job requeue itself.
-
-
-def test_a_job_that_is_submitted_anew_can_be_submitted_anew_once_more(stub: Stub, tmp_path: Path) -> None:
-    """The script bears the number of the first job only."""
-    folder = stub()
-    (tmp_path / "5_submission.sh").write_text("#!/bin/bash\n# this script\n")
-    second = Allocation("6", "6", 0, 0, ("n1",), 1)
-    assert batch._start_again(tmp_path, second, tmp_path / "run", ())
-    assert "# this script" in (folder / "script").read_text()
-    member = Allocation("6_2", "8", 0, 2, ("n1",), 1)
-    assert batch._start_again(tmp_path, member, tmp_path / "run", ())
-    assert sorted(path.name for path in (tmp_path / "run" / "slurm" / "jobs").iterdir()) == ["77", "77_2"]
-
-
-def test_following_goes_on_with_the_job_that_was_submitted_anew(tmp_path: Path) -> None:
-    said: list[str] = []
-    record_job(tmp_path, "5")
-    one = Followed("run", tmp_path, "5")
-    look(one, ("RUNNING", "None"), said.append, "")
-    record_job(tmp_path, "77")
-    os.utime(tmp_path / "slurm" / "jobs" / "5", (1, 1))
-    look(one, ("COMPLETED", "None"), said.append, "")
-    assert (one.job, one.over) == ("77", False)
-    assert said[-1] == "job 5 is over and goes on as job 77"
-    look(one, ("COMPLETED", "None"), said.append, "")
-    assert one.over
-
-
-def test_following_names_nodes_that_the_pre_flight_found_slow(tmp_path: Path) -> None:
-    lives, said = Lives(tmp_path), list[str]()
-    life = lives.begin("5", "/s", 0, ["n1", "n2"], [1, 2])
-    lives.say(life.number, "preflight", {"slow": {"n2": "compute takes 9 ms"}})
-    one = Followed("run", tmp_path, "5")
-    for _ in range(2):
-        look(one, ("RUNNING", "None"), said.append, "")
-    assert said[1:] == ["the pre-flight found n2 slow: compute takes 9 ms"]

@@ -1,0 +1,48 @@
+"""A SLURM that says what a test wants, and a user without settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def no_site_of_this_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no settings"))
+
+
+@pytest.fixture
+def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+PARTITIONS = "'low*|up|infinite|4|64|gpu:8' 'short|up|1:00:00|2|32|(null)' 'old|down|1:00|1|8|'"
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Commands of SLURM that say what a test wants: `stub(sinfo="echo …")` returns their folder."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def write(**commands: str) -> Path:
+        defaults = {
+            "sinfo": f"printf '%s\\n' {PARTITIONS}",
+            "squeue": "exit 1",
+            "scontrol": "exit 1",
+            "srun": "exit 1",
+            "sbatch": f'cp "${{@: -1}}" "{folder}/script"; env >"{folder}/env"; echo "Submitted batch job 77"',
+        }
+        for name, body in {**defaults, **commands}.items():
+            (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+            (folder / name).chmod(0o755)
+        return folder
+
+    return write
