@@ -138,14 +138,15 @@ def record_step(config: Config) -> tuple[Recorded, torch.device]:
 def seconds_of(product: Product, device: torch.device) -> float:
     """Return how long the product takes by itself, seconds; the mean over a row of repetitions."""
     left, right = product.operands(device)
-    multiply: Callable[[Tensor, Tensor], Tensor] = torch.bmm if left.dim() == 3 else torch.mm
-    multiply(left, right)
+    multiply: Callable[..., Tensor] = torch.bmm if left.dim() == 3 else torch.mm
+    # Into the same memory every time: what it costs to obtain new memory is the step's, not the product's.
+    out = multiply(left, right)
     repetitions = 1
     while True:
         _wait(device)
         start = time.perf_counter()
         for _ in range(repetitions):
-            multiply(left, right)
+            multiply(left, right, out=out)
         _wait(device)
         elapsed = time.perf_counter() - start
         if elapsed >= LEAST:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.models.layout import Layout
+from dinov2_fsdp.models.plain_attention import attend_plainly
 
 BACKENDS = ("math", "sdpa", "xformers", "varlen")
 
@@ -53,19 +54,21 @@ def attend(qkv: Tensor, layout: Layout, backend: str) -> Tensor:
         return _attend_xformers(qkv, layout)
     if backend == "varlen":
         return _attend_varlen(qkv, layout)
-    outputs = []
-    for group in layout.split(qkv):  # (sequences, length, 3, heads, head_dim)
-        query, key, value = group.permute(2, 0, 3, 1, 4).unbind(0)
-        plain = backend == "math" and group.shape[1] <= MATH_LONGEST
-        attention = _attend_math if plain else F.scaled_dot_product_attention
-        outputs.append(attention(query, key, value).transpose(1, 2).flatten(0, 1))
+    plain = [backend == "math" and length <= MATH_LONGEST for _, length in layout.groups]
+    if all(plain):
+        return attend_plainly(qkv, layout)
+    # Split, not sliced: autograd pads the gradients of slices with zeros and adds them up.
+    rows = qkv.split([sequences * length for sequences, length in layout.groups])
+    outputs = [
+        attend_plainly(some, Layout((group,))) if short else _attend_sdpa(some, group[0])
+        for some, group, short in zip(rows, layout.groups, plain, strict=True)
+    ]
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _attend_math(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    # torch's fused CPU kernel takes several times as long in its backward pass, ten times in bf16.
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-    return scores.softmax(dim=-1) @ value
+def _attend_sdpa(qkv: Tensor, sequences: int) -> Tensor:
+    query, key, value = qkv.unflatten(0, (sequences, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(0, 1)
 
 
 def _attend_xformers(qkv: Tensor, layout: Layout) -> Tensor:

@@ -10,6 +10,7 @@ range the gradient of LayerScale could leave here.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 ACTIVATIONS = ("none", "gelu", "swiglu")
+
+CACHED_ROWS = 512
+"""Tokens that are activated at a time on a CPU."""
 
 
 def norm_linear(tokens: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
@@ -35,11 +39,13 @@ def activated_linear(hidden: Tensor, activation: str, linear: nn.Linear, gamma: 
         activation: one of :data:`ACTIVATIONS`.
         gamma: ``(dim,)`` of LayerScale (arXiv 2103.17239), or None for none.
     """
-    if not _pays(hidden, linear.weight):
-        out = linear(activate(hidden, activation))
-        return out if gamma is None else out * gamma
-    result: Tensor = _ActivatedLinear.apply(hidden, activation, linear.weight, linear.bias, gamma)
-    return result
+    if _pays(hidden, linear.weight):
+        out: Tensor = _ActivatedLinear.apply(hidden, activation, linear.weight, linear.bias, gamma)
+        return out
+    if not torch.is_grad_enabled() and _as_plain_products(hidden, linear.weight):
+        return _activated_linear(hidden, activation, linear.weight, linear.bias, gamma)
+    out = linear(activate(hidden, activation))
+    return out if gamma is None else out * gamma
 
 
 def activate(hidden: Tensor, activation: str) -> Tensor:
@@ -53,13 +59,29 @@ def activate(hidden: Tensor, activation: str) -> Tensor:
 
 
 def _pays(rows: Tensor, weight: Tensor) -> bool:
-    device = rows.device.type
-    return (
-        torch.is_grad_enabled()
-        and weight.requires_grad
-        and rows.dtype == weight.dtype != torch.float16
-        and not torch.is_autocast_enabled(device)
-    )
+    return torch.is_grad_enabled() and weight.requires_grad and _as_plain_products(rows, weight)
+
+
+def _as_plain_products(rows: Tensor, weight: Tensor) -> bool:
+    return rows.dtype == weight.dtype != torch.float16 and not torch.is_autocast_enabled(rows.device.type)
+
+
+def _activated_linear(hidden: Tensor, activation: str, weight: Tensor, bias: Tensor, gamma: Tensor | None) -> Tensor:
+    if gamma is not None:
+        # Into the weights, which are fewer than the tokens.
+        weight, bias = weight * gamma[:, None], bias * gamma
+    if activation == "none":
+        return F.linear(hidden, weight, bias)
+    out = hidden.new_empty(len(hidden), len(weight))
+    for some in _slices(hidden):
+        torch.addmm(bias, activate(hidden[some], activation), weight.t(), out=out[some])
+    return out
+
+
+def _slices(rows: Tensor) -> Iterator[slice]:
+    """Yield parts of so many rows that what is computed of them is still in a CPU's cache when it is used."""
+    size = CACHED_ROWS if rows.device.type == "cpu" else max(1, len(rows))
+    return (slice(start, start + size) for start in range(0, len(rows), size))
 
 
 class _NormLinear(torch.autograd.Function):
@@ -91,30 +113,36 @@ class _ActivatedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.activation = activation
         ctx.save_for_backward(hidden, weight, bias, gamma)
-        out = F.linear(activate(hidden, activation), weight, bias)
-        return out if gamma is None else out.mul_(gamma)
+        return _activated_linear(hidden, activation, weight, bias, gamma)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, gamma = ctx.saved_tensors
+        activated = activate(hidden, ctx.activation)
         # With y = (W a + b) γ, the gradients of W and γ are both sums of g aᵀ, so that W a need not be kept.
-        outer = grad.t() @ activate(hidden, ctx.activation)
+        outer = grad.t() @ activated
         total = grad.sum(0)
         if gamma is None:
-            return _of_activation(grad @ weight, hidden, ctx.activation), None, outer, total, None
+            return _of_hidden(grad, weight, hidden, activated, ctx.activation), None, outer, total, None
         wide = torch.promote_types(weight.dtype, torch.float32)
         of_gamma = (outer.to(wide) * weight.to(wide)).sum(1) + total.to(wide) * bias.to(wide)
         of_weight = outer.mul_(gamma[:, None])
-        of_hidden = _of_activation((grad * gamma) @ weight, hidden, ctx.activation)
+        of_hidden = _of_hidden(grad, weight * gamma[:, None], hidden, activated, ctx.activation)
         return of_hidden, None, of_weight, total * gamma, of_gamma.to(gamma.dtype)
 
 
-def _of_activation(grad: Tensor, hidden: Tensor, activation: str) -> Tensor:
-    """Return the gradient of the loss in ``hidden`` from that in its activation."""
-    if activation == "gelu":
-        return torch.ops.aten.gelu_backward(grad, hidden)
-    if activation == "swiglu":
-        gate, value = hidden.chunk(2, dim=-1)
-        of_gate = torch.ops.aten.silu_backward(grad * value, gate)
-        return torch.cat([of_gate, grad * F.silu(gate)], dim=-1)
-    return grad
+def _of_hidden(grad: Tensor, weight: Tensor, hidden: Tensor, activated: Tensor, activation: str) -> Tensor:
+    """Return the gradient of the loss in ``hidden`` from that in the output; ``activated`` may be overwritten."""
+    if activation == "none":
+        return grad @ weight
+    out = activated if activation == "gelu" else torch.empty_like(hidden)
+    for some in _slices(grad):
+        of_activated = grad[some] @ weight
+        if activation == "gelu":
+            torch.ops.aten.gelu_backward.grad_input(of_activated, hidden[some], grad_input=out[some])
+        else:
+            gate, value = hidden[some].chunk(2, dim=-1)
+            of_gate, of_value = out[some].chunk(2, dim=-1)
+            torch.ops.aten.silu_backward.grad_input(of_activated * value, gate, grad_input=of_gate)
+            torch.mul(of_activated, F.silu(gate), out=of_value)
+    return out

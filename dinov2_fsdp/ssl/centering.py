@@ -64,13 +64,15 @@ class SoftmaxCentering:
             self._apply()
         if self.momentum is not None:
             self._accumulate(logits)
-        return [((chunk.float() - self.centre) / temperature).softmax(dim=-1) for chunk in logits]
+        # In place: of the largest tensors of a step, each exists once. The centre's float32 makes the difference so.
+        scores = [torch.sub(chunk, self.centre).div_(temperature) for chunk in logits]
+        return [torch.softmax(chunk, dim=-1, out=chunk) for chunk in scores]
 
     def _accumulate(self, logits: list[Tensor]) -> None:
         if self._sums is None:
             self._sums = torch.zeros(len(self.centre) + 1, device=self.centre.device)
         for chunk in logits:
-            self._sums[:-1] += chunk.float().sum(dim=0)
+            self._sums[:-1] += chunk.sum(dim=0, dtype=torch.float32)
             self._sums[-1] += len(chunk)
 
     def reduce(self) -> None:

@@ -6,20 +6,66 @@ is crop ``c`` of image ``i``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+CHUNK = {"cpu": 2**18, "cuda": 2**25}
+"""Logits that are looked at in float32 at a time: what fits a CPU's cache, or little of a GPU's memory."""
 
-def cross_entropy(logits: Tensor, targets: Tensor, temperature: float, mass: float | Tensor = 1.0) -> Tensor:
+
+def cross_entropy(logits: Tensor, targets: Tensor, temperature: float, mass: float = 1.0) -> Tensor:
     """Return −Σₖ targetₖ · log softmax(logits/temperature)ₖ for every row: ``(rows,)`` float32.
 
     ``mass`` is what each row of ``targets`` sums to. As it is known, log-softmax need not be materialised:
-    ``mass · logsumexp(z) − Σₖ targetₖ · zₖ``.
+    ``mass · logsumexp(z) − Σₖ targetₖ · zₖ``. Gradients flow into the logits alone.
     """
-    scaled = logits.float() / temperature
-    return mass * scaled.logsumexp(dim=-1) - torch.einsum("rk,rk->r", targets, scaled)
+    out: Tensor = _CrossEntropy.apply(logits, temperature, (mass,), targets)
+    return out
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropies of equal blocks of rows, each with targets and mass of its own.
+
+    Logits are kept as they come; float32 copies, softmax and gradient exist for :data:`CHUNK` logits at a time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, temperature: float, masses: tuple[float, ...], *targets: Tensor) -> Tensor:
+        out, sums = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+        for rows, target, mass in _blocks(logits, masses, targets):
+            scaled = logits[rows].float() / temperature
+            sums[rows] = scaled.logsumexp(dim=-1)
+            out[rows] = mass * sums[rows] - scaled.mul_(target).sum(dim=-1)
+        ctx.temperature, ctx.masses = temperature, masses
+        ctx.save_for_backward(logits, sums, *targets)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, sums, *targets = ctx.saved_tensors
+        of_logits, factors = torch.empty_like(logits), (grad / ctx.temperature).unsqueeze(1)
+        for rows, target, mass in _blocks(logits, ctx.masses, targets):
+            softmax = (logits[rows].float() / ctx.temperature).sub_(sums[rows].unsqueeze(1)).exp_()
+            of_logits[rows] = softmax.mul_(mass).sub_(target).mul_(factors[rows])
+        return of_logits, None, None, *(None for _ in targets)
+
+
+def _blocks(
+    logits: Tensor, masses: Sequence[float], targets: Sequence[Tensor]
+) -> Iterator[tuple[slice, Tensor, float]]:
+    """Yield (rows of the logits, their targets, the targets' mass), a few rows at a time."""
+    size = max(1, CHUNK.get(logits.device.type, CHUNK["cuda"]) // logits.shape[1])
+    start = 0
+    for target, mass in zip(targets, masses, strict=True):
+        for first in range(0, len(target), size):
+            part = target[first : first + size]
+            yield slice(start + first, start + first + len(part)), part, mass
+        start += len(target)
 
 
 def dino_loss(logits: Tensor, targets: Tensor, images: int, temperature: float) -> Tensor:
@@ -33,15 +79,13 @@ def dino_loss(logits: Tensor, targets: Tensor, images: int, temperature: float) 
     Args:
         logits: ``(C·B, K)`` of the student. targets: ``(2·B, K)`` probabilities of the teacher. images: ``B``.
     """
-    crops = logits.shape[0] // images
+    local_crops = logits.shape[0] // images - 2
     first, second = targets[:images], targets[images:]
     # A global crop is held against the other one; a local crop against both, whose cross-entropies add up.
-    total = cross_entropy(logits[:images], second, temperature).sum()
-    total = total + cross_entropy(logits[images : 2 * images], first, temperature).sum()
-    if crops > 2:
-        both = (first + second).repeat(crops - 2, 1)
-        total = total + cross_entropy(logits[2 * images :], both, temperature, mass=2.0).sum()
-    terms = 2 + 2 * (crops - 2)
+    held_against = [second, first, *[first + second] * local_crops]
+    masses = (1.0, 1.0, *[2.0] * local_crops)
+    total = _CrossEntropy.apply(logits, temperature, masses, *held_against).sum()
+    terms = 2 + 2 * local_crops
     return total / (terms * images)
 
 
