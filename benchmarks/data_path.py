@@ -62,14 +62,18 @@ def stages(microbatches: Microbatches, place: tuple[int, int]) -> Times:
     fast = config.crops.implementation == "fast"
     step, size = place[0], config.train.microbatch
     sizes = [config.crops.global_size] * 2 + [config.crops.local_size] * config.crops.local_number
-    marks = np.zeros(len(STAGES))
+    marks, opened = np.zeros(len(STAGES)), []
+    # Several are opened before the first is decoded, as the loader does.
     for i, sample in enumerate(microbatches.stream.samples(step, place[1] * size, size).tolist()):
         clock = [time.process_time()]
         data, name = source.encoded(sample), source.name(sample)
         clock.append(time.process_time())
         image = LazyImage.of(source.image(sample)) if data is None else LazyImage(data, name)
-        parameters = crops.draw(image.width, image.height, generator(config.seed, "augment", step, i))
+        opened.append((image, crops.draw(image.width, image.height, generator(config.seed, "augment", step, i))))
         clock.append(time.process_time())
+        marks[:2] += np.diff(clock)
+    for image, parameters in opened:
+        started = time.process_time()
         apply: Callable[[Any, CropParameters, int], Any] = augment.apply
         pixels: Any
         if fast:
@@ -79,14 +83,13 @@ def stages(microbatches: Microbatches, place: tuple[int, int]) -> Times:
             parameters = [replace(d, box=fast_augment.reduced_box(d.box, factor, pixels)) for d in parameters]
         else:
             pixels = image.rgb()
-        clock.append(time.process_time())
-        for left_out in ((True, True), (False, True), (False, False)):
+        marks[2] += time.process_time() - started
+        for number, left_out in enumerate(((True, True), (False, True), (False, False)), 3):
             chosen = [without(drawn, *left_out) for drawn in parameters]
             started = time.process_time()
             for drawn, side in zip(chosen, sizes, strict=True):
                 apply(pixels, drawn, side)
-            clock.append(time.process_time() - started)
-        marks += [*np.diff(clock[:4]), *clock[4:]]
+            marks[number] += time.process_time() - started
     started = time.process_time()
     microbatches[place]
     whole = time.process_time() - started

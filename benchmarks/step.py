@@ -4,7 +4,8 @@
     python benchmarks/step.py --config configs/vits14.yaml --steps 20 data.train=folder:/my/images
 
 For each precision, in turn and several times over, the matrix products of the step are timed by themselves
-(``products.py``) and the trainer runs for a few steps; the best round of each counts. The same on a CPU and on a GPU.
+(``products.py``) and the trainer runs for a few steps; the best round of each counts. With ``--lightly``
+LightlyTrain's step comes in turn with ours (``peer_step.py``). The same on a CPU and on a GPU.
 
     limit       operations a second of the step's own matrix products, each repeated by itself
     fraction    useful operations of a step / its time / limit; the wait for data is left out and reported beside
@@ -24,6 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.peer_step import peer
+from dinov2_fsdp.config import load
 from dinov2_fsdp.monitor.clock import PHASES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,16 +77,20 @@ def fastest(runs: list[dict[str, Any]], settled: int) -> dict[str, float]:
     return best
 
 
-def measure(config: str, precision: str, rounds: int, steps: int, overrides: list[str]) -> dict[str, Any]:
-    """Return all figures of one precision."""
+def measure(
+    config: str, precision: str, rounds: int, steps: int, overrides: list[str], lightly: str | None
+) -> dict[str, Any]:
+    """Return all figures of one precision; ``lightly``: the interpreter that has LightlyTrain, if it is to run too."""
     wanted = [f"train.precision={precision}", *overrides]
     saves = f"checkpoint.every={max(1, steps // 2)}it"
-    limits, plain, dropped = [], [], []
+    limits, plain, dropped, peers = [], [], [], []
     for number in range(rounds):
         print(f"{precision}, round {number + 1} of {rounds} …", file=sys.stderr, flush=True)
         limits.append(products(config, wanted))
         plain.append(trained(config, steps, [*wanted, "checkpoint.every=0it"]))
         dropped.append(trained(config, steps, [*wanted, "model.drop_path=0.4", saves]))
+        if lightly is not None:
+            peers.append(peer(load(config, wanted), steps, lightly))
     some = limits[0]
     rate = max(limit["flops"] / limit["seconds"] for limit in limits)
     best, best_dropped = fastest(plain, steps // 2), fastest(dropped, steps // 2)
@@ -121,6 +128,13 @@ def measure(config: str, precision: str, rounds: int, steps: int, overrides: lis
             "step_s": _own_seconds(fastest([compiled], steps // 2)),
             "memory_gib": compiled["memory"],
         },
+        "lightly_train": {
+            "version": peers[0]["version"],
+            "step_s": min(second for run in peers for second in run["seconds"][steps // 2 :]),
+            "memory_gib": min(run["memory"] for run in peers),
+        }
+        if peers
+        else None,
     }
 
 
@@ -158,6 +172,12 @@ def table(results: list[dict[str, Any]]) -> str:
         ("… step, s", [f"{r['compile']['step_s']:.3f}" for r in results]),
         ("… peak memory, GiB", [f"{r['compile']['memory_gib']:.2f}" for r in results]),
     ]
+    if all(r["lightly_train"] for r in results):
+        rows += [
+            ("LightlyTrain's step, s", [f"{r['lightly_train']['step_s']:.3f}" for r in results]),
+            ("… over ours", [f"{r['lightly_train']['step_s'] / r['step_s']:.2f} ×" for r in results]),
+            ("… peak memory, GiB", [f"{r['lightly_train']['memory_gib']:.2f}" for r in results]),
+        ]
     head = f"| | {' | '.join(r['precision'] for r in results)} |\n|---|{'---|' * len(results)}"
     return "\n".join([head, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows)])
 
@@ -169,11 +189,15 @@ def main() -> int:
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="of each run; the first half is not counted")
+    parser.add_argument(
+        "--lightly", nargs="?", const=sys.executable, metavar="PYTHON",
+        help="time LightlyTrain's step in turn with ours; PYTHON: the interpreter that has it (default: this one)",
+    )  # fmt: skip
     parser.add_argument("--output", default="runs/bench.json", help="where all figures go")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     results = [
-        measure(arguments.config, precision, arguments.rounds, arguments.steps, arguments.overrides)
+        measure(arguments.config, precision, arguments.rounds, arguments.steps, arguments.overrides, arguments.lightly)
         for precision in arguments.precision
     ]
     output = Path(arguments.output)

@@ -296,6 +296,29 @@ def test_the_image_is_left_as_it_was() -> None:
     assert image.tobytes() == before
 
 
+def test_a_crop_of_the_whole_image_leaves_it_as_it_was() -> None:
+    pixels = noise(56, 56)
+    everything = replace(
+        PLAIN, box=(0, 0, 56, 56), jitter=(("brightness", 1.2), ("contrast", 0.8), ("saturation", 1.1))
+    )
+    fast_augment.apply(pixels, everything, 56)
+    np.testing.assert_array_equal(pixels, noise(56, 56))
+
+
+def test_weights_of_a_blur_that_are_left_out_move_no_value_by_more_than_a_level(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    edge = np.zeros((96, 96, 3), np.uint8)
+    edge[:, 48:] = 255
+    for sigma in np.linspace(0.1, 2, 39).tolist():
+        found = fast_augment.apply(edge, replace(PLAIN, blur_sigma=sigma), 96)
+        with monkeypatch.context() as patch:
+            patch.setattr(fast_augment, "NEGLIGIBLE", 0.0)
+            patch.setattr(fast_augment, "_blur_kernel", fast_augment._blur_kernel.__wrapped__)
+            whole = fast_augment.apply(edge, replace(PLAIN, blur_sigma=sigma), 96)
+        assert np.abs(found.astype(int) - whole).max() <= 1
+
+
 # -- reduced decoding -------------------------------------------------------------------------------------------------
 
 
@@ -370,7 +393,7 @@ def test_large_photographs_are_decoded_smaller_and_small_ones_whole(
     )  # fmt: skip
     smooth = Image.fromarray(natural(60, 60)).resize((side, side))
     outputs = np.empty((2, 3, 112, 112), np.uint8), np.empty((1, 3, 56, 56), np.uint8)
-    crops.fill(LazyImage(jpeg(np.asarray(smooth)), "x"), np.random.default_rng(0), *outputs)
+    crops.fill(LazyImage(jpeg(np.asarray(smooth)), "x"), crops.draw(side, side, np.random.default_rng(0)), *outputs)
     assert asked == [expected]
 
 
@@ -383,7 +406,7 @@ def test_large_files_of_other_kinds_are_cropped_where_they_were_drawn() -> None:
     for kind in (MultiCrop, FastMultiCrop):
         outputs = np.empty((2, 3, 56, 56), np.uint8), np.empty((8, 3, 14, 14), np.uint8)
         crops = multi_crop(**settings, kind=kind, solarize_p=0.0)
-        crops.fill(LazyImage(buffer.getvalue(), "x"), np.random.default_rng(0), *outputs)
+        crops.fill(LazyImage(buffer.getvalue(), "x"), crops.draw(900, 900, np.random.default_rng(0)), *outputs)
         found.append(outputs)
     for slow, fast in zip(*found, strict=True):
         assert np.abs(fast.astype(int) - slow).mean() < 0.6
@@ -448,8 +471,10 @@ def test_a_truncated_photograph_is_bad_in_the_fast_path_too(tmp_path: Path) -> N
     crops = multi_crop(**PUBLISHED, kind=FastMultiCrop)
     outputs = np.empty((2, 3, 112, 112), np.uint8), np.empty((8, 3, 56, 56), np.uint8)
     for part in (0.5, 0.9, 0.99):
+        image = LazyImage(whole[: int(part * len(whole))], "x.jpg")
+        drawn = crops.draw(300, 200, np.random.default_rng(0))
         with pytest.raises(BadImage, match=r"x\.jpg"):
-            crops.fill(LazyImage(whole[: int(part * len(whole))], "x.jpg"), np.random.default_rng(0), *outputs)
+            crops.fill(image, drawn, *outputs)
 
 
 def resident() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -153,16 +154,15 @@ class MultiCrop:
     def fill(
         self,
         image: LazyImage,
-        rng: np.random.Generator,
+        parameters: Sequence[CropParameters],
         global_crops: NDArray[np.uint8],
         local_crops: NDArray[np.uint8],
     ) -> None:
-        """Draw, and write the crops into ``global_crops`` (2, 3, S, S) and ``local_crops`` (n_local, 3, s, s), uint8.
+        """Write what was drawn into ``global_crops`` (2, 3, S, S) and ``local_crops`` (n_local, 3, s, s), uint8.
 
         Raises:
             BadImage: the image cannot be decoded.
         """
-        parameters = self.draw(image.width, image.height, rng)
         picture = image.rgb()
         for crop, drawn in zip([*global_crops, *local_crops], parameters, strict=True):
             crop[...] = apply(picture, drawn, crop.shape[-1]).transpose(2, 0, 1)
@@ -172,7 +172,7 @@ class MultiCrop:
         global_size, local_size = self.global_1.size, self.local.size
         global_crops = np.empty((2, 3, global_size, global_size), np.uint8)
         local_crops = np.empty((self.n_local, 3, local_size, local_size), np.uint8)
-        self.fill(LazyImage.of(image), rng, global_crops, local_crops)
+        self.fill(LazyImage.of(image), self.draw(*image.size, rng), global_crops, local_crops)
         return global_crops.transpose(0, 2, 3, 1), local_crops.transpose(0, 2, 3, 1)
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import time
+import traceback
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dinov2_fsdp.config import Config
-from dinov2_fsdp.data.augment import MultiCrop, multi_crop
+from dinov2_fsdp.data.augment import CropParameters, MultiCrop, multi_crop
 from dinov2_fsdp.data.batch import Microbatch
 from dinov2_fsdp.data.masks import masks_for
 from dinov2_fsdp.data.sources import BadImage, Source
+from dinov2_fsdp.data.sources.decoding import LazyImage
 from dinov2_fsdp.data.stream import Stream
 from dinov2_fsdp.errors import RunFailed, UserError
 from dinov2_fsdp.rng import generator
@@ -23,6 +29,12 @@ from dinov2_fsdp.signals import leave_signals_to_parent
 
 REPLACEMENTS_PER_IMAGE = 20
 """Tries to replace one unreadable image before the data set counts as broken."""
+
+OPENED_BYTES = 2**22
+"""So much of encoded images is opened before the first of them is decoded."""
+
+WAIT = 0.01
+"""Seconds between two looks of a worker that has to wait for its turn."""
 
 
 def build_crops(config: Config) -> MultiCrop:
@@ -53,6 +65,9 @@ def build_crops(config: Config) -> MultiCrop:
     )
 
 
+_Opened = tuple[LazyImage, list[CropParameters]]
+
+
 class Microbatches(Dataset[Microbatch]):
     """Random access to microbatches by (step, number of the microbatch within the step).
 
@@ -75,8 +90,8 @@ class Microbatches(Dataset[Microbatch]):
         # Crop-major, and each image writes into its own place: nothing is stacked or transposed afterwards.
         global_crops = np.empty((2, size, 3, crops.global_size, crops.global_size), np.uint8)
         local_crops = np.empty((crops.local_number, size, 3, crops.local_size, crops.local_size), np.uint8)
-        for i in range(size):
-            samples[i] = self._crop(int(samples[i]), step, first + i, bad, global_crops[:, i], local_crops[:, i])
+        for i, found in enumerate(self._opened(samples.tolist(), step, first)):
+            samples[i] = self._crop(int(samples[i]), found, step, first + i, bad, global_crops[:, i], local_crops[:, i])
         probability = self.config.masks.probability if self.config.loss.ibot > 0 else 0.0
         places = range(first, first + size)
         masks = masks_for(seed, step, places, self.config.train.batch, self.grid, probability, self.config.masks.ratio)
@@ -95,9 +110,36 @@ class Microbatches(Dataset[Microbatch]):
             bad=tuple(bad),
         )
 
+    def _opened(self, samples: list[int], step: int, first: int) -> Iterator[_Opened | BadImage]:
+        """Open images, several before the first is handed on.
+
+        If each were decoded at once, decoding would push the code that opens out of the processor's caches, and
+        opening would take twice as long.
+        """
+        waiting: deque[_Opened | BadImage] = deque()
+        held = 0
+        for place, sample in enumerate(samples, first):
+            waiting.append(found := self._open(sample, step, place))
+            held += 0 if isinstance(found, BadImage) else found[0].nbytes
+            if held >= OPENED_BYTES:
+                held = 0
+                while waiting:
+                    yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+
+    def _open(self, sample: int, step: int, place: int) -> _Opened | BadImage:
+        """Return an image and what is drawn for it, or why there is none."""
+        try:
+            image = self.source.lazy_image(sample)
+        except BadImage as error:
+            return error
+        return image, self.crops.draw(image.width, image.height, generator(self.config.seed, "augment", step, place))
+
     def _crop(
         self,
         sample: int,
+        found: _Opened | BadImage,
         step: int,
         place: int,
         bad: list[tuple[str, str]],
@@ -107,12 +149,14 @@ class Microbatches(Dataset[Microbatch]):
         """Write an image's crops, or those of the one that replaces it; return which of the data set's it is."""
         for attempt in range(REPLACEMENTS_PER_IMAGE):
             try:
-                rng = generator(self.config.seed, "augment", step, place)
-                self.crops.fill(self.source.lazy_image(sample), rng, global_crops, local_crops)
+                if isinstance(found, BadImage):
+                    raise found
+                self.crops.fill(*found, global_crops, local_crops)
                 return sample
             except BadImage as error:
                 bad.append((error.name, error.reason))
                 sample = self.stream.replacement(step, place, attempt)
+                found = self._open(sample, step, place)
         names = ", ".join(name for name, _ in bad[-3:])
         raise RunFailed(
             f"{REPLACEMENTS_PER_IMAGE} images in a row cannot be read (step {step + 1}); has the data gone? The last: "
@@ -120,62 +164,102 @@ class Microbatches(Dataset[Microbatch]):
         )
 
 
-class _Places(Sampler[tuple[int, int]]):
-    """The places of one rank's microbatches, from ``start`` to ``end``, in order."""
+@dataclass(frozen=True)
+class _Places:
+    """The places of one rank's microbatches, (step, number within the step), from ``start`` to ``end``, in order."""
 
-    def __init__(self, start: int, end: int, rank: int, per_rank: int) -> None:
-        self.start, self.end, self.rank, self.per_rank = start, end, rank, per_rank
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        for step in range(self.start, self.end):
-            for number in range(self.per_rank):
-                yield step, self.rank * self.per_rank + number
+    start: int
+    end: int
+    rank: int
+    per_rank: int
 
     def __len__(self) -> int:
         return (self.end - self.start) * self.per_rank
 
+    def __getitem__(self, number: int) -> tuple[int, int]:
+        steps, index = divmod(number, self.per_rank)
+        return self.start + steps, self.rank * self.per_rank + index
+
 
 @dataclass(frozen=True)
 class _Failure:
-    """What a worker hands over instead of a microbatch: as an exception it would lose all but its text."""
+    """What a worker hands over instead of a microbatch, so that it is raised in the microbatch's place."""
 
     text: str
+    expected: bool
 
 
-class _Guarded(Dataset["Microbatch | _Failure"]):
-    def __init__(self, microbatches: Microbatches) -> None:
-        self.microbatches = microbatches
+class _NextInLine(Dataset["tuple[int, Microbatch | _Failure]"]):
+    """One more microbatch for whoever asks, with its number: the first of all that no process has taken yet.
 
-    def __getitem__(self, place: tuple[int, int]) -> Microbatch | _Failure:
+    torch deals items out before it is known who is fast, and those dealt to a slow worker wait for it. So what torch
+    deals here says "one more" and not which; a slow worker then holds up only what it is working at.
+
+    Args:
+        ahead: microbatches that may be in the making or in memory; whoever would take one beyond them waits.
+    """
+
+    def __init__(self, microbatches: Microbatches, places: _Places, ahead: int) -> None:
+        self.microbatches, self.places, self.ahead = microbatches, places, ahead
+        self.taken = multiprocessing.Value("q", 0)
+        self.handed_over = multiprocessing.RawValue("q", 0)
+
+    def __getitem__(self, _: int) -> tuple[int, Microbatch | _Failure]:
+        parent = os.getppid()
+        with self.taken.get_lock():
+            number = self.taken.value
+            self.taken.value += 1
+        while number >= self.handed_over.value + self.ahead and os.getppid() == parent:
+            time.sleep(WAIT)
         try:
-            return self.microbatches[place]
+            return number, self.microbatches[self.places[number]]
         except RunFailed as error:
-            return _Failure(str(error))
+            return number, _Failure(str(error), expected=True)
+        except Exception as error:
+            if get_worker_info() is None:
+                raise
+            text = f"a data worker failed: {type(error).__name__}: {error}\n{traceback.format_exc()}"
+            return number, _Failure(text, expected=False)
 
 
 class Loader(Iterator[Microbatch]):
-    """An iterator over a rank's microbatches, in order.
+    """An iterator over a rank's microbatches, in order, whichever worker is done first.
 
     Raises:
         RunFailed: (when asked for the next) the data cannot be read any more, or a worker process died.
     """
 
-    def __init__(self, loader: DataLoader[Any]) -> None:
+    def __init__(self, line: _NextInLine, loader: DataLoader[Any]) -> None:
+        self._line = line
         self._items = iter(loader)
+        self._early: dict[int, Microbatch | _Failure] = {}
+        self._number = 0
 
     def __iter__(self) -> Loader:
         return self
 
     def __next__(self) -> Microbatch:
+        while self._number not in self._early:
+            number, item = self._receive()
+            self._early[number] = item
+        item = self._early.pop(self._number)
+        self._number += 1
+        self._line.handed_over.value = self._number
+        if isinstance(item, _Failure):
+            raise RunFailed(item.text) if item.expected else RuntimeError(item.text)
+        return item
+
+    def _receive(self) -> tuple[int, Microbatch | _Failure]:
         try:
-            item = next(self._items)
+            return next(self._items)
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             raise RunFailed(f"a data worker died: {str(error).splitlines()[0]}") from error
-        if isinstance(item, _Failure):
-            raise RunFailed(item.text)
-        return item
+
+    def __del__(self) -> None:
+        # A worker that waits for its turn would not hear that nobody wants any more.
+        self._line.handed_over.value = len(self._line.places)
 
 
 def build_loader(config: Config, source: Source, start: int, end: int, rank: int, per_rank: int, pin: bool) -> Loader:
@@ -183,18 +267,20 @@ def build_loader(config: Config, source: Source, start: int, end: int, rank: int
 
     ``pin``: put them into pinned memory, from which copies to a GPU overlap with work.
     """
-    workers = config.data.workers
+    workers, prefetch = config.data.workers, config.data.prefetch
+    line = _NextInLine(Microbatches(config, source), _Places(start, end, rank, per_rank), max(1, workers * prefetch))
     loader: DataLoader[Any] = DataLoader(
-        _Guarded(Microbatches(config, source)),
+        line,
         batch_size=None,
-        sampler=_Places(start, end, rank, per_rank),
+        sampler=range(len(line.places)),
         num_workers=workers,
-        prefetch_factor=config.data.prefetch if workers else None,
+        prefetch_factor=prefetch if workers else None,
         persistent_workers=False,
         pin_memory=pin,
         worker_init_fn=_quiet_worker if workers else None,
+        in_order=False,
     )
-    return Loader(loader)
+    return Loader(line, loader)
 
 
 def _quiet_worker(_: int) -> None:

@@ -37,7 +37,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, temperature: float, masses: tuple[float, ...], *targets: Tensor) -> Tensor:
         out, sums = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
-        for rows, target, mass in _blocks(logits, masses, targets):
+        for rows, target, mass in _blocks(masses, targets):
             scaled = logits[rows].float() / temperature
             sums[rows] = scaled.logsumexp(dim=-1)
             out[rows] = mass * sums[rows] - scaled.mul_(target).sum(dim=-1)
@@ -49,22 +49,19 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, sums, *targets = ctx.saved_tensors
         of_logits, factors = torch.empty_like(logits), (grad / ctx.temperature).unsqueeze(1)
-        for rows, target, mass in _blocks(logits, ctx.masses, targets):
+        for rows, target, mass in _blocks(ctx.masses, targets):
             softmax = (logits[rows].float() / ctx.temperature).sub_(sums[rows].unsqueeze(1)).exp_()
             of_logits[rows] = softmax.mul_(mass).sub_(target).mul_(factors[rows])
         return of_logits, None, None, *(None for _ in targets)
 
 
-def _blocks(
-    logits: Tensor, masses: Sequence[float], targets: Sequence[Tensor]
-) -> Iterator[tuple[slice, Tensor, float]]:
+def _blocks(masses: Sequence[float], targets: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor, float]]:
     """Yield (rows of the logits, their targets, the targets' mass), a few rows at a time."""
-    size = max(1, CHUNK.get(logits.device.type, CHUNK["cuda"]) // logits.shape[1])
     start = 0
     for target, mass in zip(targets, masses, strict=True):
-        for first in range(0, len(target), size):
-            part = target[first : first + size]
-            yield slice(start + first, start + first + len(part)), part, mass
+        for few in _few(target):
+            part = target[few]
+            yield slice(start + few.start, start + few.start + len(part)), part, mass
         start += len(target)
 
 
@@ -142,5 +139,21 @@ def _gather(points: Tensor) -> tuple[Tensor, int]:
 
 def entropy(probabilities: Tensor) -> Tensor:
     """Return the mean entropy of the rows of ``(rows, K)``, nats; 0 for no rows."""
-    per_row = torch.special.entr(probabilities.float()).sum(dim=-1)
-    return per_row.sum() / max(1, len(per_row))
+    total = torch.zeros((), device=probabilities.device)
+    for rows in _few(probabilities):
+        total += torch.special.entr(probabilities[rows].float()).sum()
+    return total / max(1, len(probabilities))
+
+
+def softmax_entropy(logits: Tensor, temperature: float) -> Tensor:
+    """Return the mean entropy of softmax(logits/temperature) over the rows of ``(rows, K)``, nats."""
+    total = torch.zeros((), device=logits.device)
+    for rows in _few(logits):
+        total += torch.special.entr((logits[rows].float() / temperature).softmax(dim=-1)).sum()
+    return total / max(1, len(logits))
+
+
+def _few(matrix: Tensor) -> Iterator[slice]:
+    """Yield the rows of a matrix, :data:`CHUNK` values at a time."""
+    size = max(1, CHUNK.get(matrix.device.type, CHUNK["cuda"]) // matrix.shape[1])
+    return (slice(start, start + size) for start in range(0, len(matrix), size))

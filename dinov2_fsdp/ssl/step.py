@@ -14,7 +14,7 @@ from dinov2_fsdp.models.layout import Layout
 from dinov2_fsdp.models.stochastic_depth import DepthPlan, draw_plan
 from dinov2_fsdp.rng import generator
 from dinov2_fsdp.ssl.centering import build_centering
-from dinov2_fsdp.ssl.losses import dino_loss, entropy, ibot_loss, koleo_loss
+from dinov2_fsdp.ssl.losses import dino_loss, entropy, ibot_loss, koleo_loss, softmax_entropy
 from dinov2_fsdp.ssl.network import Network
 
 
@@ -88,8 +88,7 @@ class SelfDistillation:
             total = total + weights.koleo * koleo
             meters["loss/koleo"] = koleo
         with torch.no_grad():
-            student = (output["dino"][: 2 * images].float() / temperature).softmax(dim=-1)
-            meters["student/entropy_dino"] = entropy(student)
+            meters["student/entropy_dino"] = softmax_entropy(output["dino"][: 2 * images], temperature)
             meters["teacher/entropy_dino"] = entropy(targets.dino)
             # Collapse to one output shows here first: the mean target's entropy falls to zero.
             meters["teacher/entropy_mean_target"] = entropy(targets.dino.mean(dim=0, keepdim=True))

@@ -87,6 +87,11 @@ class LazyImage:
         lazy.width, lazy.height = image.size
         return lazy
 
+    @property
+    def nbytes(self) -> int:
+        """About how much memory it holds now."""
+        return len(self._data) if self._rgb is None else 3 * self.width * self.height
+
     def rgb(self) -> Image.Image:
         """Return the image as RGB at its full, exact resolution."""
         if self._rgb is None:
