@@ -10,11 +10,12 @@ is the fraction that ``benchmarks/step.py`` reports.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov2_fsdp.config import Config, load
+from dinov2_fsdp.data.batch import Microbatch
 from dinov2_fsdp.data.loader import build_loader
 from dinov2_fsdp.data.sources import open_source
 from dinov2_fsdp.models.initialise import initialise
@@ -108,8 +110,9 @@ class Recorded:
     others: Counter[str]
 
 
-def record_step(config: Config) -> tuple[Recorded, torch.device]:
-    """Run one step on one process and return its products.
+@contextlib.contextmanager
+def prepared(config: Config) -> Iterator[tuple[SelfDistillation, Microbatch]]:
+    """Give the method of a config with its networks, and its first microbatch, on one process.
 
     Raises:
         UserError: what the config asks for cannot be had here.
@@ -121,18 +124,27 @@ def record_step(config: Config) -> tuple[Recorded, torch.device]:
         Ema(student, teacher).copy()
         student.train()
         teacher.eval()
-        method = SelfDistillation(config, student, teacher, world.device)
         source = open_source(config.data.train, config.data.cache)
         batch = next(build_loader(config, source, 0, 1, 0, 1, False)).to(world.device)
+        yield SelfDistillation(config, student, teacher, world.device), batch
+    finally:
+        end_world()
+
+
+def record_step(config: Config) -> tuple[Recorded, torch.device]:
+    """Run one step on one process and return its products.
+
+    Raises:
+        UserError: what the config asks for cannot be had here.
+    """
+    with prepared(config) as (method, batch):
         with ProductRecorder() as of_teacher:
             (targets,) = method.targets([batch], config.loss.teacher_temperature)
         with ProductRecorder() as of_student:
             loss, _ = method.loss(batch, targets)
             loss.backward()
         both, others = of_teacher.products + of_student.products, of_teacher.others + of_student.others
-        return Recorded(batch.images, both, of_student.products, others), world.device
-    finally:
-        end_world()
+        return Recorded(batch.images, both, of_student.products, others), batch.global_crops.device
 
 
 def seconds_of(product: Product, device: torch.device) -> float:

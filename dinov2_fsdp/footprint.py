@@ -1,44 +1,189 @@
 """What a step holds in memory and sends between ranks, estimated before it starts. No torch.
 
 The formulas follow what the code keeps: :mod:`dinov2_fsdp.models.frugal` for the layers, :mod:`dinov2_fsdp.ssl.losses`
-for the logits, FSDP's units for gathered weights. The tests hold them against what autograd keeps in a real step.
+for the logits, FSDP's units for gathered weights. The tests hold them against what autograd keeps in a real step, and
+against a whole step of 128 ranks traced on one (``benchmarks/scale.py``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
-from dinov2_fsdp.config import Config, microbatches_per_rank, width_depth_heads
-from dinov2_fsdp.counts import count_parameters, ffn_widths, masked_patches, state_bytes
+from dinov2_fsdp.config import Config, HeadConfig, microbatches_per_rank, width_depth_heads
+from dinov2_fsdp.counts import BYTES_PER_WEIGHT, count_parameters, ffn_widths, masked_patches, state_bytes
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+CHECKPOINTED = {"none": 0, "selective": 2, "full": 1}
+"""Every how many blocks one is recomputed in the backward pass."""
 MATH_LONGEST = 512
 """As in :mod:`dinov2_fsdp.models.attention`: longer sequences never keep their attention weights."""
+LOGITS_AT_A_TIME = {"cpu": 2**18, "cuda": 2**25}
+"""As in :mod:`dinov2_fsdp.ssl.losses`: logits of which float32 copies exist."""
+ROWS_AT_A_TIME = 512
+"""As in :mod:`dinov2_fsdp.models.frugal`: tokens that each thread of a CPU activates at a time."""
+WEIGHTS_AT_A_TIME = 2**20
+"""As in :mod:`dinov2_fsdp.models.plain_attention`: softmax weights that each thread of a CPU computes at a time."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one rank at the end of a microbatch's forward pass, where they are most."""
+    """Bytes of one rank at the moment of a step at which they are most."""
 
     states: int
-    """Weights, teacher, gradients, optimizer: the rank's share."""
+    """Weights, teacher, optimizer: the rank's share."""
+    gradients: int
+    """Those that exist at this moment: whole ones, not shares, where the step has several microbatches."""
     gathered: int
     """Weights of other ranks in the precision of the step."""
     activations: int
-    """What the backbone keeps for its backward pass."""
+    """What the backbone keeps for its backward pass, and the crops of the step."""
     logits: int
     """What the heads keep, logits and targets."""
+    working: int
+    """What the operations of this moment need for themselves."""
 
     @property
     def total(self) -> int:
-        return self.states + self.gathered + self.activations + self.logits
+        return self.states + self.gradients + self.gathered + self.activations + self.logits + self.working
 
 
 def footprint(config: Config, processes: int, kind: str) -> Footprint:
-    """Return what a rank of ``processes`` on ``kind`` (cpu, cuda) holds."""
+    """Return what a rank of ``processes`` on ``kind`` (cpu, cuda) holds where it is most."""
+    return max(_moments(config, processes, kind), key=lambda moment: moment.total)
+
+
+def _moments(config: Config, processes: int, kind: str) -> list[Footprint]:
+    """Return the moments of a step at which a rank may hold most.
+
+    Sinkhorn's targets; and of the last microbatch, when the gradients of the others have been added up, the end of the
+    forward pass, and of the backward pass each loss, each head's prototypes, the last block, the end.
+    """
+    microbatches, depth = microbatches_per_rank(config, processes), width_depth_heads(config.model)[1]
+    shards, shares = max(1, processes // config.parallel.replicate), state_shares(config, processes)
+    states = sum(shares.values()) - shares["gradients"]
+    units = _padded_units(config, shards)
+    gathered = {name: count * _size(config, name) for name, count in units.items()}
+    heads = {"dino": config.dino_head, "ibot": config.ibot_head} if "ibot" in units else {"dino": config.dino_head}
+    sums = BYTES[config.parallel.reduce_precision]
+    # Without their exchange FSDP adds the microbatches' gradients up whole, in the precision they are reduced in.
+    whole = count_parameters(config).total * sums if microbatches > 1 else 0
+    # One unit's whole gradients wait to be reduced while those of the next are computed.
+    reduced = {name: 0 if whole else units[name] * sums for name in units}
+    kept = 0 if config.parallel.reshard_after_forward else sum(gathered[name] for name in heads)
+    kept += depth * gathered["block"] if kept else 0
+    # The block at work and those that are gathered ahead of it.
+    ahead = min(config.parallel.blocks_per_unit * (1 + max(1, config.parallel.prefetch)), depth)
+    crops = sum(count * 3 * side**2 for count, side in _crops(config))
+    targets, size = _targets_bytes(config, microbatches), _size(config, "dino")
+    usual = Footprint(
+        states=states,
+        gradients=whole,
+        gathered=gathered["root"] + kept,
+        activations=activation_bytes(config, kind) + microbatches * crops,
+        logits=targets,
+        working=0,
+    )
+    logits = float(logits_bytes(config) - _targets_bytes(config, 1) + targets)
+    at_a_time = LOGITS_AT_A_TIME[kind] * 4
+    last = gathered["ibot" if "ibot" in heads else "dino"]
+    moments = [
+        Footprint(states, 0, 0, 0, _sinkhorn_bytes(config, microbatches), 0),
+        # FSDP keeps what it gathered last twice, until it gathers the next. Crops are in float32 and, next to that, in
+        # the precision of the step.
+        replace(
+            usual,
+            activations=usual.activations + (4 + (size if size < 4 else 0)) * crops,
+            gathered=usual.gathered + (1 if kept else 2) * last,
+            logits=int(logits),
+        ),
+    ]
+    of_logits = 0.0
+    for loss in reversed(_losses(config)):
+        # The gradients of the losses before wait, as they are joined where both share a head.
+        of_logits += loss.rows * size * loss.head.prototypes
+        few = min(at_a_time, 4 * loss.largest * loss.head.prototypes)
+        moments.append(replace(usual, logits=int(logits), working=int(of_logits + 2 * few)))
+        if "ibot" in heads:
+            logits -= loss.rows * size * loss.head.prototypes
+    waiting = int(sum(_hidden_bytes(loss, size) for loss in _losses(config)))
+    for name, head in heads.items():
+        # Three float32 copies of the prototypes, beside those of the forward pass. iBOT's turn comes before DINO's.
+        following, before = ("block", "ibot") if name == "dino" else ("dino", "")
+        moments.append(
+            replace(
+                usual,
+                gathered=usual.gathered + (0 if kept else gathered[name] + gathered[following]),
+                logits=targets + waiting + (4 * head.prototypes * head.bottleneck if size < 4 else 0),
+                working=3 * 4 * head.prototypes * head.bottleneck + reduced.get(before, 0),
+            )
+        )
+        waiting += _prototype_bytes(head, size)
+    moments.append(
+        replace(
+            usual,
+            gradients=whole or sum(units[name] for name in heads) * BYTES_PER_WEIGHT["gradients"] // shards,
+            gathered=usual.gathered + (0 if kept else ahead * gathered["block"]),
+            working=_block_working(config, kind) + max(reduced[name] for name in heads),
+        )
+    )
+    moments.append(replace(usual, gradients=max(whole, shares["gradients"]), activations=0))
+    return moments
+
+
+def _size(config: Config, unit: str) -> int:
+    """Return the bytes of a number in the precision that a unit computes in."""
+    precision = config.train.precision
+    return BYTES[config.parallel.heads_precision or precision if unit in ("dino", "ibot") else precision]
+
+
+def state_shares(config: Config, processes: int) -> dict[str, int]:
+    """Return the bytes of a rank's shares of student, teacher, gradients and optimizer, as FSDP pads them."""
     shards = max(1, processes // config.parallel.replicate)
-    states = sum(state_bytes(config).values()) // shards
-    return Footprint(states, _gathered(config), activation_bytes(config, kind), logits_bytes(config))
+    padded, depth = _padded_units(config, shards), width_depth_heads(config.model)[1]
+    total = sum(padded.values()) + (depth - 1) * padded["block"]
+    return {
+        name: size * total // shards // count_parameters(config).total for name, size in state_bytes(config).items()
+    }
+
+
+def _padded_units(config: Config, shards: int) -> dict[str, int]:
+    """Return the numbers in each unit of FSDP: root, one block, each head."""
+    return {name: sum(_padded(shape, shards) for shape in shapes) for name, shapes in _units(config).items()}
+
+
+def _units(config: Config) -> dict[str, list[tuple[int, int]]]:
+    """Return the parameters' (rows, numbers in a row) of FSDP's units: root, one block, each head."""
+    model = config.model
+    dim = width_depth_heads(model)[0]
+    second_in, first_out = ffn_widths(config)
+    root = [(dim, 3 * model.patch**2), (dim, 1), (1, dim), (1, dim), (dim, 1), (dim, 1)]
+    root.append((1, dim * (1 + (config.crops.global_size // model.patch) ** 2)))
+    if model.registers:
+        root.append((1, dim * model.registers))
+    block = [(3 * dim, dim), (3 * dim, 1), (dim, dim), (dim, 1), (first_out, dim), (first_out, 1), (dim, second_in)]
+    block += [(dim, 1)] * (5 + 2 * (model.layer_scale > 0))
+    units = {"root": root, "block": block, "dino": _head_shapes(config.dino_head, dim)}
+    if config.ibot_head.separate and config.loss.ibot > 0:
+        units["ibot"] = _head_shapes(config.ibot_head, dim)
+    return units
+
+
+def _head_shapes(head: HeadConfig, dim: int) -> list[tuple[int, int]]:
+    widths = [dim, *[head.hidden] * (head.layers - 1), head.bottleneck]
+    shapes = [shape for a, b in pairwise(widths) for shape in ((b, a), (b, 1))]
+    shapes += [(head.hidden, 1)] * (2 * (head.layers - 1) * head.batch_norm)
+    shapes += [(head.bottleneck, 1)] * (2 * head.layer_norm)
+    return [*shapes, (head.prototypes, head.bottleneck), (head.prototypes, 1)]
+
+
+def _padded(shape: tuple[int, int], shards: int) -> int:
+    """Return the numbers of a parameter as FSDP gathers it: the same count of rows from every rank.
+
+    The position embedding is one row: on 128 ranks it is gathered 128 times over.
+    """
+    rows, row = shape
+    return -(-rows // shards) * shards * row
 
 
 def activation_bytes(config: Config, kind: str) -> int:
@@ -48,10 +193,9 @@ def activation_bytes(config: Config, kind: str) -> int:
     groups = _groups(config)
     per_block = sum(_kept_by_block(config, kind, count, length) for count, length in groups)
     whole = size * dim * sum(count * length for count, length in groups)
-    every = {"none": 0, "selective": 2, "full": 1}[config.parallel.activation_checkpointing]
+    every = CHECKPOINTED[config.parallel.activation_checkpointing]
     recomputed = -(-depth // every) if every else 0
-    # A recomputed block keeps its input, and during the backward pass one of them is whole again.
-    blocks = (depth - recomputed) * per_block + recomputed * whole + (per_block if recomputed else 0)
+    blocks = (depth - recomputed) * per_block + recomputed * whole
     pixels = sum(count * 3 * side**2 for count, side in _crops(config))
     return blocks + size * pixels
 
@@ -69,7 +213,39 @@ def _kept_by_block(config: Config, kind: str, count: int, length: int) -> int:
         values += kept * heads * length**2
     else:
         values += tokens * heads * 4 // size  # the logarithm of each softmax's sum, in float32
+        if config.parallel.attention == "sdpa" and config.crops.local_number:
+            values += tokens * dim  # each crop size's output, which the attention keeps beside all in one tensor
     return values * size
+
+
+def _block_working(config: Config, kind: str) -> int:
+    """Return what the backward pass of one block needs beside what was kept, recomputed layers included."""
+    dim, _, heads = width_depth_heads(config.model)
+    second_in, hidden = ffn_widths(config)
+    size, drop = BYTES[config.train.precision], config.model.drop_path
+    tokens = weights = 0
+    for count, length in _groups(config):
+        kept = max(1, int(count * (1 - drop))) if drop > 0 else count
+        tokens += kept * length
+        if _plain_attention(config, kind) and length <= MATH_LONGEST:
+            one = heads * length**2
+            weights = max(weights, min(kept, max(1, WEIGHTS_AT_A_TIME * max(1, config.parallel.threads) // one) if kind == "cpu" else kept) * one)
+    # Gradients of the attention's output, of queries, keys and values, and of a few softmax weights and scores.
+    values = tokens * 4 * dim + 2 * weights if weights else 0
+    # The activation, whose place its gradient takes; SwiGLU has that of both halves beside it. For all tokens, on a CPU
+    # for some: the gradient by the activation, with SwiGLU next to one half's.
+    gated, some = second_in != hidden, tokens
+    if kind == "cpu":
+        some = min(tokens, ROWS_AT_A_TIME * max(1, config.parallel.threads))
+    feed_forward = tokens * (second_in + (hidden if gated else 0)) + some * second_in * (2 if gated else 1)
+    stream = dim * (sum(count * length for count, length in _groups(config)) + (tokens if drop > 0 else 0))
+    every = CHECKPOINTED[config.parallel.activation_checkpointing]
+    # Where the last block is not recomputed, the first that is takes the place of what the last one kept.
+    again = 0
+    if every and (width_depth_heads(config.model)[1] - 1) % every == 0:
+        again = sum(_kept_by_block(config, kind, count, length) for count, length in _groups(config))
+    of_weight = dim * second_in
+    return int(size * (max(feed_forward, values) + stream + of_weight)) + again
 
 
 def _plain_attention(config: Config, kind: str) -> bool:
@@ -87,55 +263,87 @@ def _groups(config: Config) -> list[tuple[int, int]]:
     return [(count, 1 + model.registers + (side // model.patch) ** 2) for count, side in _crops(config)]
 
 
+@dataclass(frozen=True)
+class _Loss:
+    """Rows of one loss in a microbatch."""
+
+    head: HeadConfig
+    rows: float
+    """Logits of the student."""
+    largest: float
+    """Those of its largest cross-entropy: DINO has one for each crop."""
+    summed: float
+    """Targets that are the sum of both global crops', the same for all local ones."""
+    targets: float
+
+
+def _losses(config: Config) -> list[_Loss]:
+    images, local = config.train.microbatch, config.crops.local_number * config.train.microbatch
+    losses = [_Loss(config.dino_head, 2 * images + local, images, images if local else 0, 2 * images)]
+    if config.loss.ibot > 0:
+        masked = images * masked_patches(config)
+        head = config.ibot_head if config.ibot_head.separate else config.dino_head
+        losses.append(_Loss(head, masked, masked, 0, masked))
+    return losses
+
+
 def logits_bytes(config: Config) -> int:
-    """Return what the heads and the losses keep of one microbatch: hidden layers, logits, targets."""
-    images = config.train.microbatch
-    masked = images * masked_patches(config)
-    size = BYTES[config.parallel.heads_precision or config.train.precision]
-    ibot = config.ibot_head if config.ibot_head.separate else config.dino_head
-    rows = (2 + config.crops.local_number) * images
-    # Targets of local crops are those of both global ones, repeated for each.
-    targets = {"dino": 2 * images + (config.crops.local_number * images), "ibot": masked}
-    total = 0.0
-    for head, count, held in ((config.dino_head, rows, targets["dino"]), (ibot, masked, targets["ibot"])):
-        hidden = (head.layers - 1) * 2 * head.hidden
-        # Logits over the temperature, and targets, are kept in float32.
-        total += count * (size * (hidden + 2 * head.bottleneck) + 4 * head.prototypes)
-        total += held * 4 * head.prototypes
-    return int(total)
+    """Return what the heads and the losses keep of one microbatch: hidden layers, logits, prototypes, targets."""
+    size, total = _size(config, "dino"), 0.0
+    for loss in _losses(config):
+        # Targets are in float32, logits as the head gives them.
+        total += _hidden_bytes(loss, size) + (loss.rows * size + loss.summed * 4) * loss.head.prototypes
+    for head in [config.dino_head, config.ibot_head][: 1 + (count_parameters(config).ibot_head > 0)]:
+        total += _prototype_bytes(head, size)
+    return int(total) + _targets_bytes(config, 1)
 
 
-def _gathered(config: Config) -> int:
-    """Return the gathered weights that exist at once: all of the student's, or its root and some units."""
-    parameters, model = count_parameters(config), config.model
-    size, depth = BYTES[config.train.precision], width_depth_heads(model)[1]
-    if not config.parallel.reshard_after_forward:
-        return size * parameters.total
-    per_block = parameters.backbone / max(1, depth)
-    units = 1 + config.parallel.prefetch
-    heads = max(parameters.dino_head, parameters.ibot_head)
-    return int(size * max(per_block * config.parallel.blocks_per_unit * units, heads))
+def _hidden_bytes(loss: _Loss, size: int) -> float:
+    """Return what a head keeps before its prototypes: each layer's input and output of its GELU, the bottleneck."""
+    return loss.rows * size * ((loss.head.layers - 1) * 2 * loss.head.hidden + 2 * loss.head.bottleneck)
+
+
+def _prototype_bytes(head: HeadConfig, size: int) -> int:
+    """Return the prototypes over their norm, and in float32 before that where the gathered ones are not."""
+    return head.prototypes * head.bottleneck * (size if size == 4 else 4 + size)
+
+
+def _targets_bytes(config: Config, microbatches: int) -> int:
+    """Return the teacher's targets that exist at once: with Sinkhorn–Knopp those of all the step's microbatches."""
+    at_once = microbatches if config.loss.centering == "sinkhorn" else 1
+    return int(at_once * sum(loss.targets * 4 * loss.head.prototypes for loss in _losses(config)))
+
+
+def _sinkhorn_bytes(config: Config, microbatches: int) -> int:
+    """Return what Sinkhorn–Knopp needs: logits, scores and scaled scores of a whole step, one exponential."""
+    if config.loss.centering != "sinkhorn":
+        return 0
+    sizes = [loss.targets * loss.head.prototypes for loss in _losses(config)]
+    return int(microbatches * sum(sizes) * (_size(config, "dino") + 4 + 4) + max(sizes) * 4)
 
 
 def traffic(config: Config, processes: int) -> dict[str, float]:
     """Return the bytes that one rank receives in a step, by collective.
 
     FSDP gathers the student's weights for the forward pass of every microbatch, and again for its backward pass unless
-    they are kept; the teacher's for its forward pass; gradients are scattered once. A ring moves (n − 1)/n of each.
+    they are kept, as the root's always are; the teacher's for its forward pass; gradients are scattered once. A ring
+    moves (n − 1)/n of each.
     """
     shards = max(1, processes // config.parallel.replicate)
-    share, total = (shards - 1) / shards, count_parameters(config).total
-    size, sums = BYTES[config.train.precision], BYTES[config.parallel.reduce_precision]
-    microbatches = microbatches_per_rank(config, processes)
-    passes = 1 + config.parallel.reshard_after_forward
+    depth = width_depth_heads(config.model)[1]
+    units = {name: (depth if name == "block" else 1) * n for name, n in _padded_units(config, shards).items()}
+    gathered = {name: count * _size(config, name) for name, count in units.items()}
+    share, sums = (shards - 1) / shards, BYTES[config.parallel.reduce_precision]
+    microbatches, total, once = microbatches_per_rank(config, processes), sum(units.values()), sum(gathered.values())
+    again = once - gathered["root"] if config.parallel.reshard_after_forward else 0
     prototypes = config.dino_head.prototypes
     if config.loss.ibot > 0:
         prototypes += (config.ibot_head if config.ibot_head.separate else config.dino_head).prototypes
     rounds = {"softmax": 1, "none": 0, "sinkhorn": 2 * config.loss.sinkhorn_iterations}[config.loss.centering]
     copies = config.parallel.replicate
     found = {
-        "student's weights (all-gather)": share * size * total * microbatches * passes,
-        "teacher's weights (all-gather)": share * size * total * microbatches,
+        "student's weights (all-gather)": share * (once + again) * microbatches,
+        "teacher's weights (all-gather)": share * once * microbatches,
         "gradients (reduce-scatter)": share * sums * total,
         "gradients between copies (all-reduce)": 2 * (copies - 1) / copies * sums * total / shards,
         "centering (all-reduce)": 2 * (processes - 1) / processes * 4 * prototypes * rounds,

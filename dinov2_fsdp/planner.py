@@ -57,7 +57,7 @@ def plan(config: Config, processes: int, kind: str, images: int | None, gpu_gib:
         + f"; {sum(states.values()) / shards / GIB:.2f} GiB",
         "memory per process": f"about {held.total / GIB:.1f} GiB: states {held.states / GIB:.2f}, gathered weights "
         f"{held.gathered / GIB:.2f}, activations {held.activations / GIB:.2f}, logits and targets "
-        f"{held.logits / GIB:.2f}",
+        f"{held.logits / GIB:.2f}, gradients {held.gradients / GIB:.2f}, working memory {held.working / GIB:.2f}",
     }
     if moved := traffic(config, processes):
         parts = ", ".join(f"{name} {amount / GIB:.3g}" for name, amount in moved.items())

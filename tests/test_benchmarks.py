@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from peer_step import settings
 from products import Operand, Product, record_step
+from step_profile import kind_of, profile_step
 
+from dinov2_fsdp.config import Config, load
 from dinov2_fsdp.counts import step_flops_per_image
+
+
+def small(**changes: Any) -> Config:
+    """One microbatch of a small model, every image of which has masked patches."""
+    settled = {
+        "model__dim": 96, "model__drop_path": 0.0, "parallel__device": "cpu", "parallel__threads": 1,
+        "masks__probability": 1.0, "masks__ratio": [0.5, 0.5], "data__train": "scenes:n=8", "train__batch": 8,
+        "train__microbatch": 8,
+    }  # fmt: skip
+    return tiny_config(**{**settled, **changes})
 
 
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
 def test_the_recorded_products_of_a_step_are_those_of_the_formula(ffn: str) -> None:
-    config = tiny_config(
-        model__ffn=ffn, model__dim=96, model__drop_path=0.0, parallel__device="cpu", parallel__threads=1,
-        masks__probability=1.0, masks__ratio=[0.5, 0.5], data__train="scenes:n=8", train__batch=8, train__microbatch=8,
-    )  # fmt: skip
+    config = small(model__ffn=ffn)
     recorded, _ = record_step(config)
     counted = sum(product.flops * count for product, count in recorded.all.items())
     assert recorded.others == {}, "operations that are not counted"
@@ -31,3 +42,32 @@ def test_a_product_is_repeated_on_operands_that_lie_alike() -> None:
     product = Product(Operand((4, 3), (1, 4)), Operand((3, 5), (5, 1)), torch.float32)
     left, right = product.operands(torch.device("cpu"))
     assert (left.stride(), right.stride(), product.flops) == ((1, 4), (5, 1), 2 * 4 * 3 * 5)
+
+
+def test_a_step_never_waits_for_its_device() -> None:
+    """On a GPU each of these would hold the host up until all work before it is done."""
+    kinds, waits, _ = profile_step(small(model__drop_path=0.4), None)
+    assert kinds["matrix products"] > 0
+    assert waits == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("aten::addmm", "matrix products"), ("aten::_softmax", "softmax, losses"), ("aten::add_", "additions, products, fills"),
+     ("aten::copy_", "copies, casts"), ("aten::native_layer_norm", "norms"), ("ampere_bf16_gemm", "matrix products"),
+     ("autograd::engine", "everything else")],
+)  # fmt: skip
+def test_operations_and_kernels_are_known_by_their_names(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+def test_a_peer_gets_the_work_of_the_config(tmp_path: Path) -> None:
+    config = load("configs/bench.yaml", ["train.precision=bf16", "model.drop_path=0.4"])
+    call = settings(config, tmp_path, 5)
+    assert call["batch_size"] == 8
+    assert call["precision"] == "bf16-mixed"
+    assert call["model_args"] == {"drop_path_rate": 0.4}
+    assert call["method_args"]["output_dim"] == 4096
+    assert call["transform_args"]["local_view"] == {"num_views": 8, "view_size": (98, 98)}
+    with pytest.raises(SystemExit, match="ViT-S/14"):
+        settings(load("configs/bench.yaml", ["model.patch=16", "crops.local_size=96"]), tmp_path, 5)

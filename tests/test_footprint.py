@@ -11,12 +11,14 @@ from torch import Tensor
 
 from dinov2_fsdp import footprint as footprint_module
 from dinov2_fsdp.config import Config, load
+from dinov2_fsdp.counts import count_parameters, masked_patches
 from dinov2_fsdp.data.loader import build_loader
 from dinov2_fsdp.data.sources import open_source
 from dinov2_fsdp.footprint import activation_bytes, footprint, logits_bytes, traffic, ways_to_fit
-from dinov2_fsdp.models import attention
+from dinov2_fsdp.models import attention, frugal, plain_attention
 from dinov2_fsdp.models.initialise import initialise
 from dinov2_fsdp.planner import plan
+from dinov2_fsdp.ssl import losses
 from dinov2_fsdp.ssl.network import Network
 from dinov2_fsdp.ssl.step import SelfDistillation
 
@@ -94,20 +96,44 @@ def test_plain_attention_ends_at_the_same_length_here_and_in_the_model() -> None
     assert footprint_module.MATH_LONGEST == attention.MATH_LONGEST
 
 
+def test_what_is_computed_at_a_time_is_the_same_here_and_in_the_model() -> None:
+    assert footprint_module.LOGITS_AT_A_TIME == losses.CHUNK
+    assert footprint_module.WEIGHTS_AT_A_TIME == plain_attention.CACHED
+    assert footprint_module.ROWS_AT_A_TIME == frugal.CACHED_ROWS
+
+
 def test_attention_weights_are_kept_by_plain_attention_alone() -> None:
     plain, fused = (activation_bytes(config_of(parallel__attention=name), "cpu") for name in ("math", "sdpa"))
+    tokens = 16 * 65 + 32 * 17
     weights = 4 * 3 * (16 * 65**2 + 32 * 17**2) * 4
-    assert plain - fused == weights - 4 * 3 * (16 * 65 + 32 * 17) * 4
+    # Instead: the logarithm of each softmax's sum, and each crop size's output beside the one for both.
+    assert plain - fused == weights - 4 * 3 * tokens * 4 - 4 * tokens * 96 * 4
 
 
 def test_traffic_of_one_rank_is_none_and_of_many_that_of_rings() -> None:
     config = load("configs/vitg14.yaml", ["data.train=scenes:n=4000"])
     assert traffic(load("configs/bench.yaml"), 1) == {}
     moved = traffic(config, 128)
-    weights = (1_134_776_832 + 58_556_416 + 41_648_384) * 2 * 127 / 128
+    position = 1536 * 257  # a parameter of one row, which every rank's part is padded to
+    weights = (1_134_776_832 + 58_556_416 + 41_648_384 + 127 * position) * 2 * 127 / 128
     assert moved["teacher's weights (all-gather)"] == pytest.approx(2 * weights, rel=0.01)
-    assert moved["student's weights (all-gather)"] == pytest.approx(4 * weights, rel=0.01)
+    assert moved["student's weights (all-gather)"] == pytest.approx(4 * weights, rel=0.02)
     assert moved["gradients (reduce-scatter)"] == pytest.approx(2 * weights, rel=0.01)
+
+
+def test_several_microbatches_keep_whole_gradients() -> None:
+    one, two = (config_of(train__batch=batch, parallel__device="cpu") for batch in (16, 32))
+    parameters = count_parameters(one).total
+    assert footprint(two, 2, "cpu").gradients == 4 * parameters
+    assert footprint(one, 2, "cpu").gradients <= 4 * parameters / 2
+
+
+def test_sinkhorn_keeps_the_targets_of_all_microbatches() -> None:
+    softmax, sinkhorn = (
+        footprint(config_of(train__batch=32, loss__centering=name), 1, "cpu") for name in ("softmax", "sinkhorn")
+    )
+    rows = 16 + 8 * masked_patches(config_of())
+    assert sinkhorn.logits - softmax.logits == pytest.approx(3 * rows * 2048 * 4, rel=1e-3)
 
 
 def test_what_does_not_fit_is_said_with_a_way_out() -> None:

@@ -33,6 +33,12 @@ def gradients(function: Callable[[Tensor], Tensor], rows: Tensor, parameters: li
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), [rows, *parameters])]
 
 
+@pytest.fixture(params=[512, 7], ids=["whole", "a few rows at a time"], autouse=True)
+def at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test of this file runs with activations that are computed whole, and a few rows at a time."""
+    monkeypatch.setattr(frugal, "CACHED_ROWS", request.param)
+
+
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Call it, and the plain modules run from then on."""
@@ -65,6 +71,17 @@ def test_activation_and_linear_have_the_gradients_of_the_plain_modules(
     plain()
     for mine, theirs in zip(found, gradients(run, rows, parameters), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scaled", [True, False], ids=["LayerScale", "none"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_without_gradients_the_result_is_the_same(activation: str, scaled: bool) -> None:
+    _, _, second, gamma = layers()
+    rows = torch.randn(ROWS, 2 * WIDTH if activation == "swiglu" else WIDTH, dtype=torch.float64)
+    with torch.no_grad():
+        found = activated_linear(rows, activation, second, gamma if scaled else None)
+        expected = second(frugal.activate(rows, activation)) * (gamma if scaled else 1)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])

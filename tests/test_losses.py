@@ -9,9 +9,15 @@ import torch.distributed as dist
 from ranks import run_on_ranks
 from torch import Tensor
 
-from dinov2_fsdp.ssl.losses import cross_entropy, dino_loss, entropy, ibot_loss, koleo_loss
+from dinov2_fsdp.ssl.losses import CHUNK, cross_entropy, dino_loss, entropy, ibot_loss, koleo_loss, softmax_entropy
 
 TEMPERATURE = 0.1
+
+
+@pytest.fixture(params=[2**18, 2 * 17], ids=["whole", "two rows at a time"], autouse=True)
+def _at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test of this file runs with losses that are computed whole, and a few rows at a time."""
+    monkeypatch.setitem(CHUNK, "cpu", request.param)
 
 
 def _logits(rows: int, prototypes: int = 17, seed: int = 0, scale: float = 0.3) -> Tensor:
@@ -44,6 +50,23 @@ def test_the_gradient_of_cross_entropy_equals_the_definitions() -> None:
     cross_entropy(logits, targets, TEMPERATURE).sum().backward()
     torch.stack([_reference_cross_entropy(t, z) for t, z in zip(targets, exact, strict=True)]).sum().backward()
     torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)  # type: ignore[union-attr]
+
+
+def test_no_rows_have_no_cross_entropy_and_gradients_of_no_rows() -> None:
+    logits = torch.zeros(0, 17, requires_grad=True)
+    cross_entropy(logits, torch.zeros(0, 17), TEMPERATURE).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.shape == (0, 17)
+
+
+def test_cross_entropy_keeps_logits_as_they_come_and_no_softmax() -> None:
+    """In float32 the logits of 131,072 prototypes and their softmax would be a step's largest tensors."""
+    kept: list[Tensor] = []
+    logits, targets = _logits(6).bfloat16().requires_grad_(), _targets(6)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        cross_entropy(logits, targets, TEMPERATURE)
+    wide = [tensor for tensor in kept if tensor.dim() == 2]
+    assert {tensor.data_ptr() for tensor in wide} == {logits.data_ptr(), targets.data_ptr()}
 
 
 def test_targets_that_add_up_to_two_count_twice() -> None:
@@ -315,6 +338,13 @@ def test_entropy_equals_the_definition() -> None:
 def test_the_entropy_of_certainty_is_zero_and_of_uniformity_log_k() -> None:
     assert entropy(torch.eye(4)).item() == 0.0
     assert entropy(torch.full((3, 8), 1 / 8)).item() == pytest.approx(math.log(8))
+
+
+def test_the_entropy_of_logits_is_that_of_their_softmax() -> None:
+    logits = _logits(5).bfloat16()
+    exact = (logits.double() / TEMPERATURE).softmax(dim=-1)
+    expected = -(exact * exact.log()).sum(dim=-1).mean()
+    assert softmax_entropy(logits, TEMPERATURE).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_entropy_of_no_rows_is_zero() -> None:

@@ -16,6 +16,7 @@ from dinov2_fsdp.models.attention import attend, resolve_backend
 from dinov2_fsdp.models.factory import build_backbone, create
 from dinov2_fsdp.models.frugal import activated_linear
 from dinov2_fsdp.models.layout import Layout
+from dinov2_fsdp.models.plain_attention import attend_plainly
 from dinov2_fsdp.models.stochastic_depth import draw_plan
 from dinov2_fsdp.models.vision_transformer import PatchEmbed, interpolation_matrix
 
@@ -101,9 +102,30 @@ def test_the_backbone_equals_a_transformer_written_out() -> None:
     torch.testing.assert_close(model(images), norm(x, "norm")[:, 0], rtol=1e-8, atol=1e-8)
 
 
+def test_plain_attention_has_the_gradients_of_finite_differences() -> None:
+    layout = Layout(((2, 3), (1, 2)))
+    qkv = torch.randn(8, 3, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: attend_plainly(x, layout), qkv)
+
+
+def test_plain_attention_gives_the_same_with_and_without_gradients() -> None:
+    layout = Layout(((2, 7), (3, 2)))
+    qkv = torch.randn(20, 3, 2, 4, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.equal(attend_plainly(qkv, layout), attend_plainly(qkv.detach(), layout))
+
+
+def test_plain_attention_computes_in_what_it_is_given_under_autocast_too() -> None:
+    qkv = torch.randn(6, 3, 2, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attend_plainly(qkv, Layout(((2, 3),)))
+    assert out.dtype == torch.float32
+
+
 @pytest.mark.parametrize("longest", [512, 3])
-def test_the_backends_of_a_cpu_agree(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("at_a_time", [2**20, 1], ids=["all at once", "one sequence at a time"])
+def test_the_backends_of_a_cpu_agree(longest: int, at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinov2_fsdp.models.attention.MATH_LONGEST", longest)
+    monkeypatch.setattr("dinov2_fsdp.models.plain_attention.CACHED", at_a_time)
     layout, gradients = Layout(((2, 7), (3, 2))), []
     for backend in CPU_BACKENDS:
         qkv = torch.randn(20, 3, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -16,7 +16,7 @@ from torch import Tensor
 from dinov2_fsdp.models.layout import Layout
 
 CACHED = 2**20
-"""Softmax weights that are computed at a time on a CPU."""
+"""Softmax weights that each thread of a CPU computes at a time."""
 
 
 def attend_plainly(qkv: Tensor, layout: Layout) -> Tensor:
@@ -58,7 +58,9 @@ def _parts(source: Tensor) -> Tensor:
 
 
 def _slices(sequences: int, weights: int, device: torch.device) -> Iterator[slice]:
-    size = max(1, CACHED // weights) if device.type == "cpu" else max(1, sequences)
+    # A compiler has its own ways, and would unroll the loop.
+    few = device.type == "cpu" and not torch.compiler.is_compiling()
+    size = max(1, CACHED * torch.get_num_threads() // weights) if few else max(1, sequences)
     return (slice(start, start + size) for start in range(0, sequences, size))
 
 

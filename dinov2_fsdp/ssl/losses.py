@@ -41,6 +41,7 @@ class _CrossEntropy(torch.autograd.Function):
             scaled = logits[rows].float() / temperature
             sums[rows] = scaled.logsumexp(dim=-1)
             out[rows] = mass * sums[rows] - scaled.mul_(target).sum(dim=-1)
+            del scaled
         ctx.temperature, ctx.masses = temperature, masses
         ctx.save_for_backward(logits, sums, *targets)
         return out
@@ -50,8 +51,15 @@ class _CrossEntropy(torch.autograd.Function):
         logits, sums, *targets = ctx.saved_tensors
         of_logits, factors = torch.empty_like(logits), (grad / ctx.temperature).unsqueeze(1)
         for rows, target, mass in _blocks(ctx.masses, targets):
-            softmax = (logits[rows].float() / ctx.temperature).sub_(sums[rows].unsqueeze(1)).exp_()
-            of_logits[rows] = softmax.mul_(mass).sub_(target).mul_(factors[rows])
+            # Without a name, so that it is gone before the next is made.
+            of_logits[rows] = (
+                (logits[rows].float() / ctx.temperature)
+                .sub_(sums[rows].unsqueeze(1))
+                .exp_()
+                .mul_(mass)
+                .sub_(target)
+                .mul_(factors[rows])
+            )
         return of_logits, None, None, *(None for _ in targets)
 
 
