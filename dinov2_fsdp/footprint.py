@@ -229,7 +229,11 @@ def _block_working(config: Config, kind: str) -> int:
         tokens += kept * length
         if _plain_attention(config, kind) and length <= MATH_LONGEST:
             one = heads * length**2
-            weights = max(weights, min(kept, max(1, WEIGHTS_AT_A_TIME * max(1, config.parallel.threads) // one) if kind == "cpu" else kept) * one)
+            weights = max(
+                weights,
+                min(kept, max(1, WEIGHTS_AT_A_TIME * max(1, config.parallel.threads) // one) if kind == "cpu" else kept)
+                * one,
+            )
     # Gradients of the attention's output, of queries, keys and values, and of a few softmax weights and scores.
     values = tokens * 4 * dim + 2 * weights if weights else 0
     # The activation, whose place its gradient takes; SwiGLU has that of both halves beside it. For all tokens, on a CPU

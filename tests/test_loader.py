@@ -30,6 +30,7 @@ from dinov2_fsdp.data.sources import BadImage
 from dinov2_fsdp.data.sources.embedded import ScenesSource
 from dinov2_fsdp.errors import RunFailed
 
+ROOT = Path(__file__).resolve().parent.parent
 SPEC = "scenes:n=24,size=32"
 PER_STEP = 8
 IN_A_ROW = [(step, index) for step in range(100) for index in range(PER_STEP)]
@@ -300,3 +301,19 @@ def test_what_is_pinned_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     helped = list(load(one_image_each(workers=2), Scenes(slow=0.03), 1, pin=True))
     assert len(pinned) == PER_STEP
     assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
+
+
+@pytest.mark.parametrize("ending", ["raise ValueError('the end')", "sys.exit(3)"], ids=["exception", "exit"])
+def test_a_process_that_still_holds_its_loader_ends(ending: str) -> None:
+    """Workers ignore the signal by which Python ends what is left of its children, and then waits for them."""
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from tiny import tiny_config\n"
+        "from dinov2_fsdp.data.loader import build_loader\n"
+        "from dinov2_fsdp.data.sources import open_source\n"
+        "config = tiny_config(data__workers=2)\n"
+        "loader = build_loader(config, open_source(config.data.train), 0, 1000, 0, 1, False)\n"
+        f"next(loader)\n{ending}\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60, check=False)
+    assert ended.returncode in (1, 3), ended.stderr

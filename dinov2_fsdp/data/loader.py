@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import multiprocessing
 import os
 import time
@@ -231,7 +233,10 @@ class Loader(Iterator[Microbatch]):
 
     def __init__(self, line: _NextInLine, loader: DataLoader[Any]) -> None:
         self._line = line
-        self._items = iter(loader)
+        self._items = [iter(loader)]
+        # Python ends what is left of its children by a signal that workers ignore, and would wait for them for ever.
+        self._end = functools.partial(_end_workers, line, self._items)
+        atexit.register(self._end)
         self._early: dict[int, Microbatch | _Failure] = {}
         self._number = 0
 
@@ -251,15 +256,21 @@ class Loader(Iterator[Microbatch]):
 
     def _receive(self) -> tuple[int, Microbatch | _Failure]:
         try:
-            return next(self._items)
+            return next(self._items[0])
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             raise RunFailed(f"a data worker died: {str(error).splitlines()[0]}") from error
 
     def __del__(self) -> None:
-        # A worker that waits for its turn would not hear that nobody wants any more.
-        self._line.handed_over.value = len(self._line.places)
+        atexit.unregister(self._end)
+        self._end()
+
+
+def _end_workers(line: _NextInLine, items: list[Any]) -> None:
+    # A worker that waits for its turn would not hear that nobody wants any more.
+    line.handed_over.value = len(line.places)
+    items.clear()  # torch's iterator ends its workers when it is gone
 
 
 def build_loader(config: Config, source: Source, start: int, end: int, rank: int, per_rank: int, pin: bool) -> Loader:
