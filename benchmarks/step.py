@@ -4,8 +4,9 @@
     python benchmarks/step.py --config configs/vits14.yaml --steps 20 data.train=folder:/my/images
 
 For each precision, in turn and several times over, the matrix products of the step are timed by themselves
-(``products.py``) and the trainer runs for a few steps; the best round of each counts. With ``--lightly``
-LightlyTrain's step comes in turn with ours (``peer_step.py``). The same on a CPU and on a GPU.
+(``products.py``) and the trainer runs for a few steps; the best round of each counts. LightlyTrain's step comes in turn
+with ours where it is installed (``peer_step.py``), and the data path has a table of its own (``data_path.py``). The
+same on a CPU and on a GPU.
 
     limit       operations a second of the step's own matrix products, each repeated by itself
     fraction    useful operations of a step / its time / limit; the wait for data is left out and reported beside
@@ -14,6 +15,7 @@ LightlyTrain's step comes in turn with ours (``peer_step.py``). The same on a CP
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -64,6 +66,25 @@ def trained(config: str, steps: int, overrides: list[str]) -> dict[str, Any]:
         "stall": [line["checkpoint/stall_s"] for line in saves],
         "memory": of_steps[-1]["memory"],
     }
+
+
+def data_path(config: str, images: str | None, overrides: list[str], lightly: bool) -> tuple[dict[str, Any], str]:
+    """Return what ``data_path.py`` finds for a config's crops and its table; its own images unless others are named.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    print("data path …", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, str(ROOT / "benchmarks" / "data_path.py"), "--config", config,
+            "--images", images or load(config, overrides).data.train, "--rounds", "3", "--torchvision",
+            "--json", f"{folder}/data.json", *(["--lightly"] if lightly else []), *overrides,
+        ]  # fmt: skip
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(done.returncode)
+        return dict(json.loads(Path(folder, "data.json").read_text())), done.stdout.strip()
 
 
 def _own_seconds(line: dict[str, float]) -> float:
@@ -190,25 +211,35 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="of each run; the first half is not counted")
     parser.add_argument(
-        "--lightly", nargs="?", const=sys.executable, metavar="PYTHON",
-        help="time LightlyTrain's step in turn with ours; PYTHON: the interpreter that has it (default: this one)",
+        "--lightly", default="auto", metavar="PYTHON",
+        help="interpreter that has lightly-train, whose step is timed in turn with ours; 'none': leave it out "
+        "(default: this one, if it has it)",
     )  # fmt: skip
+    parser.add_argument("--images", help="of the data path (default: the config's): tar:PATH, folder:PATH, …")
     parser.add_argument("--output", default="runs/bench.json", help="where all figures go")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
+    lightly = None if arguments.lightly == "none" else arguments.lightly
+    if lightly == "auto":
+        lightly = sys.executable if importlib.util.find_spec("lightly_train") else None
+    # First, so that what is wrong with the images shows at once.
+    of_data, data_table = data_path(arguments.config, arguments.images, arguments.overrides, lightly == sys.executable)
     results = [
-        measure(arguments.config, precision, arguments.rounds, arguments.steps, arguments.overrides, arguments.lightly)
+        measure(arguments.config, precision, arguments.rounds, arguments.steps, arguments.overrides, lightly)
         for precision in arguments.precision
     ]
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"date": date.today().isoformat(), "results": results}, indent=2) + "\n")
+    output.write_text(
+        json.dumps({"date": date.today().isoformat(), "results": results, "data_path": of_data}, indent=2) + "\n"
+    )
     machine = results[0]["environment"]
     print(
         f"{date.today()}, {', '.join(machine['devices'] or [machine['cpu']])}, {results[0]['threads']} thread(s), "
         f"torch {machine['torch']}, batch {results[0]['images']}; all figures: {output}\n"
     )
     print(table(results))
+    print(f"\n{data_table}")
     return 0
 
 
