@@ -220,6 +220,9 @@ def main() -> None:
     count = max(few, min(arguments.count, len(source)))
     found = measure(config, source, count, few, rounds)
     chosen = {"torchvision": arguments.torchvision and torchvision, "LightlyTrain": arguments.lightly and lightly}
+    if source.encoded(0) is None and any(chosen.values()):
+        print("the peers read image files, and these images are none: left out", file=sys.stderr)
+        chosen = {}
     peers = {
         name: measure_peer(made(config), source, count, few, rounds) for name, made in chosen.items() if made
     }  # fmt: skip
