@@ -206,7 +206,7 @@ def main() -> None:
     )
     parser.add_argument("--torchvision", action="store_true", help="torchvision's transforms too, as DINOv2's code has")
     parser.add_argument("--lightly", action="store_true", help="LightlyTrain's transform too; it must be installed")
-    parser.add_argument("--json", default="data_path.json", help="file to write (default: %(default)s)")
+    parser.add_argument("--json", default="runs/data_path.json", help="file to write (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", help="key=value of the config")
     arguments = parser.parse_intermixed_args()
 
@@ -237,6 +237,7 @@ def main() -> None:
         "milliseconds": found,
         "peers": peers,
     }
+    Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
     Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n")
 
 

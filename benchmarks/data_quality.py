@@ -52,11 +52,17 @@ def interval(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def accuracy(folder: Path, key: str) -> float | None:
-    """Return a finished run's last k-NN accuracy, percent; None for a run that is not finished."""
-    metrics = folder / "metrics.jsonl"
-    if not (folder / "finished").exists() or not metrics.exists():
+def accuracy(folder: Path, key: str, settings: str) -> float | None:
+    """Return a finished run's last k-NN accuracy, percent; None for a run that is not finished.
+
+    Raises:
+        UserError: the run had other settings, or no such k-NN.
+    """
+    metrics, finished = folder / "metrics.jsonl", folder / "finished"
+    if not finished.exists() or not metrics.exists():
         return None
+    if finished.read_text() != settings:
+        raise UserError(f"{folder} is of other settings: {finished.read_text()}\n  choose another --output-dir")
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     found = [line[key] for line in lines if key in line and line["step"] > 0]
     if not found:
@@ -64,8 +70,8 @@ def accuracy(folder: Path, key: str) -> float | None:
     return float(found[-1])
 
 
-def train(folder: Path, config: str, seed: int, implementation: str, overrides: list[str]) -> None:
-    """Train one run, or what is left of it."""
+def train(folder: Path, config: str, seed: int, implementation: str, overrides: list[str], settings: str) -> None:
+    """Train one run, or what is left of it, and note its settings when it is finished."""
     command = [
         sys.executable, "launchers/local.py", "--config", config, "--nproc", "1", "--output-dir", str(folder),
         *overrides, f"seed={seed}", f"crops.implementation={implementation}",
@@ -75,7 +81,7 @@ def train(folder: Path, config: str, seed: int, implementation: str, overrides: 
     )
     if result.returncode:
         raise RunFailed(f"a run ended with code {result.returncode}: {' '.join(command)}\n{result.stderr[-2000:]}")
-    (folder / "finished").touch()
+    (folder / "finished").write_text(settings)
 
 
 def table(found: dict[str, list[float]]) -> str:
@@ -103,14 +109,15 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     config, key = arguments.config or "configs/demo.yaml", f"eval/knn_{arguments.k}"
     overrides = [*(() if arguments.config else SHORT), *arguments.overrides]
+    settings = " ".join([config, *overrides])
     found: dict[str, list[float]] = {name: [] for name in PATHS}
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for name in PATHS:
             folder = Path(arguments.output_dir).absolute() / f"seed{seed}_{name}"
             started = time.monotonic()
-            if (percent := accuracy(folder, key)) is None:
-                train(folder, config, seed, name, overrides)
-                percent = accuracy(folder, key)
+            if (percent := accuracy(folder, key, settings)) is None:
+                train(folder, config, seed, name, overrides, settings)
+                percent = accuracy(folder, key, settings)
                 assert percent is not None
             found[name].append(percent)
             print(f"seed {seed}, {name}: {percent:.1f} % ({time.monotonic() - started:.0f} s)", flush=True)

@@ -81,6 +81,7 @@ def write_images(config: Any, folder: Path, count: int) -> None:
 def run_peer(arguments: dict[str, Any]) -> dict[str, Any]:
     """Run the peer's training in this process and return the times of its steps."""
     import lightly_train
+    import torch
     from lightly_train._methods.dinov2.dinov2 import DINOv2
 
     seconds, started, before, after = [], [0.0], DINOv2.on_train_batch_start, DINOv2.on_train_batch_end
@@ -92,11 +93,12 @@ def run_peer(arguments: dict[str, Any]) -> dict[str, Any]:
     def end(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = after(self, *args, **kwargs)
         if self.device.type == "cuda":
-            import torch
-
             torch.cuda.synchronize(self.device)
         seconds.append(time.perf_counter() - started[0])
-        peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        if self.device.type == "cuda":
+            peak.append(torch.cuda.max_memory_allocated(self.device) / 2**30)
+        else:
+            peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
         return result
 
     peak: list[float] = []

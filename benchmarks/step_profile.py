@@ -18,8 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
 from products import prepared
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dinov2_fsdp.config import Config, load
@@ -28,8 +28,9 @@ from dinov2_fsdp.errors import run_cli
 ROOT = Path(__file__).resolve().parent.parent
 
 KINDS = {
-    "matrix products": ("mm", "gemm", "cutlass", "sm80_xmma", "sm90_xmma", "nvjet", "linear"),
     "attention": ("attention", "fmha", "flash"),
+    "communication": ("nccl", "c10d", "gloo"),
+    "matrix products": ("mm", "gemm", "cutlass", "sm80_xmma", "sm90_xmma", "nvjet", "linear"),
     "GELU, gates": ("gelu", "silu"),
     "softmax, losses": ("softmax", "logsumexp", "special_entr", "aten::exp", "aten::log"),
     "norms": ("norm",),
@@ -39,7 +40,7 @@ KINDS = {
 }
 """Parts of operations' and kernels' names, in the order in which they are tried."""
 
-WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "cudaStreamSynchronize", "cudaDeviceSynchronize")
+WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "cudaStreamSynchronize")
 """What makes the host wait for a GPU."""
 
 
@@ -65,8 +66,6 @@ def profile_step(config: Config, trace: str | None) -> tuple[Counter[str], Count
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
         with profile(activities=activities) as profiled:
             step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
         if trace:
             profiled.export_chrome_trace(trace)
         return (*summed(profiled.key_averages(), device.type), device.type)
@@ -77,10 +76,13 @@ def summed(rows: Any, device: str) -> tuple[Counter[str], Counter[str]]:
     kinds: Counter[str] = Counter()
     waits: Counter[str] = Counter()
     for row in rows:
-        own = row.self_device_time_total if device == "cuda" else row.self_cpu_time_total
-        kinds[kind_of(row.key)] += own / 1e3  # type: ignore[assignment]
         if row.key in WAITS:
             waits[row.key] += row.count
+        # A GPU's kernels have rows of their own, and count for the operations that start them too.
+        if device == "cuda" and (row.device_type == DeviceType.CPU or row.is_user_annotation):
+            continue
+        own = row.self_device_time_total if device == "cuda" else row.self_cpu_time_total
+        kinds[kind_of(row.key)] += own / 1e3  # type: ignore[assignment]
     return kinds, waits
 
 

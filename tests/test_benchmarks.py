@@ -56,6 +56,9 @@ def test_a_step_never_waits_for_its_device() -> None:
     [
         ("aten::addmm", "matrix products"),
         ("ampere_bf16_gemm", "matrix products"),
+        ("fmha_cutlassF_bf16_aligned_64x64", "attention"),
+        ("cutlass::device_kernel<flash::FlashAttnFwd>", "attention"),
+        ("ncclDevKernel_AllGather", "communication"),
         ("aten::_softmax", "softmax, losses"),
         ("aten::add_", "additions, products, fills"),
         ("aten::copy_", "copies, casts"),

@@ -37,12 +37,13 @@ def gradients(function: Callable[[Tensor], Tensor], rows: Tensor, parameters: li
 def at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test of this file runs with activations that are computed whole, and a few rows at a time."""
     monkeypatch.setattr(frugal, "CACHED_ROWS", request.param)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
 
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Call it, and the plain modules run from then on."""
-    return lambda: monkeypatch.setattr(frugal, "_pays", lambda *_: False)
+    return lambda: monkeypatch.setattr(frugal, "_as_plain_products", lambda *_: False)
 
 
 def test_norm_and_linear_have_the_gradients_of_the_plain_modules(plain: Callable[[], None]) -> None:
@@ -150,3 +151,29 @@ def test_fp16_and_autocast_take_the_plain_modules(dtype: torch.dtype, monkeypatc
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
         hidden = norm_linear(torch.randn(ROWS, DIM, dtype=dtype, requires_grad=True), norm, first)
         assert activated_linear(hidden, "swiglu", second, gamma).requires_grad
+
+
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_a_block_compiles_as_a_whole(ffn: str) -> None:
+    torch._dynamo.reset()
+    block = Block(16, 2, 64, ffn, layer_scale=True)
+    for name, parameter in block.named_parameters():
+        nn.init.constant_(parameter, 0.1) if "gamma" in name else None
+    block.attn.backend = "math"
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    tokens, layout = torch.randn(2 * 5, 16), Layout(((2, 5),))
+    expected = gradients(lambda x: block(x, layout), tokens, list(block.parameters()))
+    found = gradients(lambda x: compiled(x, layout), tokens, list(block.parameters()))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_frozen_weights_get_no_gradient_and_what_is_before_them_does() -> None:
+    _, _, second, gamma = layers()
+    rows = torch.randn(ROWS, WIDTH, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad((second(frugal.activate(rows, "gelu")) * gamma).sum(), [rows])
+    second.requires_grad_(False)
+    out = activated_linear(rows, "gelu", second, gamma.detach())
+    out.sum().backward()
+    assert second.weight.grad is None
+    torch.testing.assert_close(rows.grad, expected)

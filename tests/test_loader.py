@@ -303,17 +303,28 @@ def test_what_is_pinned_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
 
 
-@pytest.mark.parametrize("ending", ["raise ValueError('the end')", "sys.exit(3)"], ids=["exception", "exit"])
-def test_a_process_that_still_holds_its_loader_ends(ending: str) -> None:
+@pytest.mark.parametrize(
+    ("ending", "code", "said"),
+    [
+        ("raise ValueError('the end')", 1, "the end"),
+        ("sys.exit(3)", 3, ""),
+        ("os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)\nfor _ in loader: pass", 1, "RunFailed"),
+        ("signal.signal(signal.SIGALRM, stop); signal.alarm(1)\nfor _ in loader: pass", 1, "stopped"),
+    ],
+    ids=["exception", "exit", "a worker killed", "exception inside the wait for the next"],
+)
+def test_a_process_that_still_holds_its_loader_ends(ending: str, code: int, said: str) -> None:
     """Workers ignore the signal by which Python ends what is left of its children, and then waits for them."""
-    code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
+    script = (
+        "import multiprocessing, os, signal, sys; sys.path.insert(0, 'tests')\n"
         "from tiny import tiny_config\n"
         "from dinov2_fsdp.data.loader import build_loader\n"
         "from dinov2_fsdp.data.sources import open_source\n"
+        "def stop(*_): raise ValueError('stopped')\n"
         "config = tiny_config(data__workers=2)\n"
-        "loader = build_loader(config, open_source(config.data.train), 0, 1000, 0, 1, False)\n"
+        "loader = build_loader(config, open_source(config.data.train), 0, 100000, 0, 1, False)\n"
         f"next(loader)\n{ending}\n"
     )
-    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60, check=False)
-    assert ended.returncode in (1, 3), ended.stderr
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=60, check=False)
+    assert ended.returncode == code, ended.stderr
+    assert said in ended.stderr.decode()

@@ -52,6 +52,11 @@ def test_the_gradient_of_cross_entropy_equals_the_definitions() -> None:
     torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)  # type: ignore[union-attr]
 
 
+def test_targets_for_other_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match="6 rows of logits for targets of 4"):
+        cross_entropy(_logits(6), _targets(4), TEMPERATURE)
+
+
 def test_no_rows_have_no_cross_entropy_and_gradients_of_no_rows() -> None:
     logits = torch.zeros(0, 17, requires_grad=True)
     cross_entropy(logits, torch.zeros(0, 17), TEMPERATURE).sum().backward()

@@ -114,6 +114,13 @@ def test_plain_attention_gives_the_same_with_and_without_gradients() -> None:
     assert torch.equal(attend_plainly(qkv, layout), attend_plainly(qkv.detach(), layout))
 
 
+def test_plain_attention_leaves_its_input_as_it_was() -> None:
+    qkv = torch.randn(1, 3, 2, 4)
+    before = qkv.clone()
+    attend_plainly(qkv, Layout(((1, 1),)))
+    assert torch.equal(qkv, before)
+
+
 def test_plain_attention_computes_in_what_it_is_given_under_autocast_too() -> None:
     qkv = torch.randn(6, 3, 2, 4, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -126,6 +133,7 @@ def test_plain_attention_computes_in_what_it_is_given_under_autocast_too() -> No
 def test_the_backends_of_a_cpu_agree(longest: int, at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinov2_fsdp.models.attention.MATH_LONGEST", longest)
     monkeypatch.setattr("dinov2_fsdp.models.plain_attention.CACHED", at_a_time)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     layout, gradients = Layout(((2, 7), (3, 2))), []
     for backend in CPU_BACKENDS:
         qkv = torch.randn(20, 3, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()

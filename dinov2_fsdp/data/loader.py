@@ -213,6 +213,8 @@ class _NextInLine(Dataset["tuple[int, Microbatch | _Failure]"]):
             self.taken.value += 1
         while number >= self.handed_over.value + self.ahead and os.getppid() == parent:
             time.sleep(WAIT)
+        if number < self.handed_over.value:
+            return number, _Failure("nobody wants any more", expected=True)
         try:
             return number, self.microbatches[self.places[number]]
         except RunFailed as error:
@@ -233,10 +235,11 @@ class Loader(Iterator[Microbatch]):
 
     def __init__(self, line: _NextInLine, loader: DataLoader[Any]) -> None:
         self._line = line
-        self._items = [iter(loader)]
+        self._items: list[Any] = []
         # Python ends what is left of its children by a signal that workers ignore, and would wait for them for ever.
         self._end = functools.partial(_end_workers, line, self._items)
         atexit.register(self._end)
+        self._items.append(iter(loader))
         self._early: dict[int, Microbatch | _Failure] = {}
         self._number = 0
 
@@ -270,7 +273,9 @@ class Loader(Iterator[Microbatch]):
 def _end_workers(line: _NextInLine, items: list[Any]) -> None:
     # A worker that waits for its turn would not hear that nobody wants any more.
     line.handed_over.value = len(line.places)
-    items.clear()  # torch's iterator ends its workers when it is gone
+    while items:
+        # Not left to its end: the traceback of an exception may hold it. Without workers it has no such method.
+        getattr(items.pop(), "_shutdown_workers", lambda: None)()
 
 
 def build_loader(config: Config, source: Source, start: int, end: int, rank: int, per_rank: int, pin: bool) -> Loader:

@@ -4,8 +4,8 @@ Between two linear layers of a block stand cheap operations: layer norm, GELU or
 output of each; here they are computed again in the backward pass, from inputs that are kept anyway. Of what the blocks
 of a plain ViT keep, that saves more than a third (docs/performance.md).
 
-The plain modules are the reference, and what runs where nothing is differentiated, under autocast, and in fp16, whose
-range the gradient of LayerScale could leave here.
+The plain modules are the reference, and what runs under autocast and in fp16, whose range LayerScale times weights
+could leave here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 ACTIVATIONS = ("none", "gelu", "swiglu")
 
@@ -39,10 +40,10 @@ def activated_linear(hidden: Tensor, activation: str, linear: nn.Linear, gamma: 
         activation: one of :data:`ACTIVATIONS`.
         gamma: ``(dim,)`` of LayerScale (arXiv 2103.17239), or None for none.
     """
-    if _pays(hidden, linear.weight):
-        out: Tensor = _ActivatedLinear.apply(hidden, activation, linear.weight, linear.bias, gamma)
-        return out
-    if not torch.is_grad_enabled() and _as_plain_products(hidden, linear.weight):
+    if _as_plain_products(hidden, linear.weight):
+        if torch.is_grad_enabled() and (hidden.requires_grad or linear.weight.requires_grad):
+            out: Tensor = _ActivatedLinear.apply(hidden, activation, linear.weight, linear.bias, gamma)
+            return out
         return _activated_linear(hidden, activation, linear.weight, linear.bias, gamma)
     out = linear(activate(hidden, activation))
     return out if gamma is None else out * gamma
@@ -97,6 +98,7 @@ class _NormLinear(torch.autograd.Function):
         return F.linear(normed, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, norm_weight, norm_bias, weight, mean, scale = ctx.saved_tensors
         shape = [tokens.shape[-1]]
@@ -118,9 +120,13 @@ class _ActivatedLinear(torch.autograd.Function):
         return _activated_linear(hidden, activation, weight, bias, gamma)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, gamma = ctx.saved_tensors
         activated = activate(hidden, ctx.activation)
+        if not ctx.needs_input_grad[2]:
+            scaled = weight if gamma is None else weight * gamma[:, None]
+            return _of_hidden(grad, scaled, hidden, activated, ctx.activation), None, None, None, None
         # With y = (W a + b) γ, the gradients of W and γ are both sums of g aᵀ, so that W a need not be kept.
         outer = grad.t() @ activated
         total = grad.sum(0)
@@ -144,6 +150,9 @@ def _of_hidden(grad: Tensor, weight: Tensor, hidden: Tensor, activated: Tensor, 
             torch.ops.aten.gelu_backward.grad_input(of_activated, hidden[some], grad_input=out[some])
         else:
             gate, value = hidden[some].chunk(2, dim=-1)
+            if torch.compiler.is_compiling():  # it writes into no strided memory
+                of_gate = torch.ops.aten.silu_backward(of_activated * value, gate)
+                return torch.cat([of_gate, of_activated * F.silu(gate)], dim=-1)
             of_gate, of_value = out[some].chunk(2, dim=-1)
             torch.ops.aten.silu_backward.grad_input(of_activated * value, gate, grad_input=of_gate)
             torch.mul(of_activated, F.silu(gate), out=of_value)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dinov2_fsdp.models.layout import Layout
 
@@ -21,15 +22,16 @@ CACHED = 2**20
 
 def attend_plainly(qkv: Tensor, layout: Layout) -> Tensor:
     """Return softmax(q·kᵀ/√d)·v for ``(tokens, 3, heads, head_dim)``: ``(tokens, heads, head_dim)``."""
-    if torch.is_grad_enabled() and qkv.requires_grad:
-        out: Tensor = _PlainAttention.apply(qkv, layout)
-        return out
-    return _attend(qkv, layout, keep=False)[0]
+    with torch.autocast(qkv.device.type, enabled=False):
+        if torch.is_grad_enabled() and qkv.requires_grad:
+            out: Tensor = _PlainAttention.apply(qkv, layout)
+            return out
+        return _attend(qkv, layout, keep=False)[0]
 
 
-@torch.autocast("cpu", enabled=False)
 def _attend(qkv: Tensor, layout: Layout, keep: bool) -> tuple[Tensor, list[Tensor]]:
-    """Return the result and, if asked to keep them, the softmax weights ``(sequences · heads, length, length)``."""
+    """Return the result and, if asked to keep them, the softmax weights of each group,
+    ``(sequences, heads, length, length)``."""
     _, _, heads, dim = qkv.shape
     out, kept = qkv.new_empty(len(qkv), heads, dim), []
     for start, end, sequences, length in layout.spans():
@@ -51,7 +53,7 @@ def _by_head(packed: Tensor, sequences: int) -> Tensor:
 
 def _parts(source: Tensor) -> Tensor:
     """Return q/√d, k and v, ``(3, sequences · heads, length, head_dim)``, from a view as of ``_by_head``."""
-    parts = source.flatten(1, 2).contiguous()
+    parts = source.clone(memory_format=torch.contiguous_format).flatten(1, 2)
     # Not on the way: arithmetic between tensors of different strides takes three times as long as copying.
     parts[0].mul_(source.shape[-1] ** -0.5)
     return parts
@@ -73,6 +75,7 @@ class _PlainAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         qkv, *kept = ctx.saved_tensors
         of_qkv = torch.empty_like(qkv)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK = {"cpu": 2**18, "cuda": 2**25}
 """Logits that are looked at in float32 at a time: what fits a CPU's cache, or little of a GPU's memory."""
@@ -36,6 +37,8 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, temperature: float, masses: tuple[float, ...], *targets: Tensor) -> Tensor:
+        if sum(map(len, targets)) != len(logits):
+            raise ValueError(f"{len(logits)} rows of logits for targets of {sum(map(len, targets))}")
         out, sums = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
         for rows, target, mass in _blocks(masses, targets):
             scaled = logits[rows].float() / temperature
@@ -47,6 +50,7 @@ class _CrossEntropy(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, sums, *targets = ctx.saved_tensors
         of_logits, factors = torch.empty_like(logits), (grad / ctx.temperature).unsqueeze(1)
