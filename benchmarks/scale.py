@@ -47,8 +47,6 @@ SMALL = [
     "parallel.device=cpu", "parallel.threads=1",
 ]  # fmt: skip
 """A model for one core: 2.7 M parameters in its backbone, a gigabyte or so in a step of eight images."""
-SETTINGS = {"train": {"KINETO_LOG_LEVEL": "99"}, "record": {}}
-"""Variables of a job's processes: no messages of the profiler."""
 GATHERING = ("FSDP::all_gather", "FSDP::post_backward_reduce", "FSDP::all_gather_copy_out")
 """What FSDP calls the parts of a step in which it waits for other ranks."""
 MIB = 2**20

@@ -109,7 +109,7 @@ def measure(
         print(f"{precision}, round {number + 1} of {rounds} …", file=sys.stderr, flush=True)
         limits.append(products(config, wanted))
         plain.append(trained(config, steps, [*wanted, "checkpoint.every=0it"]))
-        dropped.append(trained(config, steps, [*wanted, "model.drop_path=0.4", saves]))
+        dropped.append(trained(config, steps, [*wanted, "model.drop_path=0.4", "checkpoint.every=0it"]))
         if lightly is not None:
             peers.append(peer(load(config, wanted), steps, lightly))
     some = limits[0]
@@ -118,10 +118,12 @@ def measure(
     seconds = _own_seconds(best)
     fewer = products(config, [*wanted, "model.drop_path=0.4"])
     student = [line["time/student"] + line["time/backward"] for line in (best, best_dropped)]
-    compiled = trained(config, steps, [*wanted, "parallel.compile=true"])
+    # Runs of their own: a save that goes on beside the next steps takes their time.
+    saving = trained(config, steps, [*wanted, saves])
+    compiled = trained(config, steps, [*wanted, "parallel.compile=true", "checkpoint.every=0it"])
     in_all = [run["lines"][-1]["seconds"] - run["lines"][steps // 2 - 1]["seconds"] for run in plain]
     own = [sum(run["seconds"][steps // 2 :]) + sum(_data(line) for line in run["lines"][steps // 2 :]) for run in plain]
-    stalls = [stall for run in dropped for stall in run["stall"]]
+    stalls = saving["stall"]
     return {
         "precision": precision,
         "environment": plain[0]["environment"],

@@ -30,7 +30,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, temperature: float, mass: flo
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropies of equal blocks of rows, each with targets and mass of its own.
+    """Cross-entropies of blocks of rows, each block with targets and mass of its own.
 
     Logits are kept as they come; float32 copies, softmax and gradient exist for :data:`CHUNK` logits at a time.
     """
