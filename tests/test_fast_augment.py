@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_images import PUBLISHED, jpeg, natural, noise
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -18,41 +19,12 @@ from dinov2_fsdp.data.fast_augment import FastMultiCrop, reduced_box, reduction
 from dinov2_fsdp.data.sources.decoding import LazyImage
 
 PLAIN = CropParameters(box=(0, 0, 96, 96), flip=False, jitter=(), gray=False, blur_sigma=None, solarize_threshold=None)
-PUBLISHED: dict[str, Any] = {
-    "global_size": 112,
-    "global_scale": (0.32, 1.0),
-    "local_size": 56,
-    "local_scale": (0.05, 0.32),
-    "n_local": 8,
-    "blur": "paper",
-}
-
-
-def noise(height: int = 96, width: int = 96, seed: int = 0) -> NDArray[np.uint8]:
-    """Every value of every pixel as likely: the hardest case, and no image."""
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def natural(height: int = 96, width: int = 96, seed: int = 0) -> NDArray[np.uint8]:
-    """Noise whose power falls with the square of the frequency, as in photographs, with channels that go together."""
-    rng = np.random.default_rng(seed)
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None]) + 1 / max(height, width)
-    fields = [np.fft.ifft2(np.fft.fft2(rng.normal(size=(height, width))) / frequency).real for _ in range(4)]
-    channels = np.stack([fields[3] + 0.4 * field for field in fields[:3]], axis=-1)
-    channels = (channels - channels.mean()) / channels.std()
-    return (128 + 60 * channels).clip(0, 255).astype(np.uint8)
 
 
 def difference(pixels: NDArray[np.uint8], parameters: CropParameters, size: int = 96) -> NDArray[np.int64]:
     """Fast minus reference, (size, size, 3)."""
     slow = augment.apply(Image.fromarray(pixels), parameters, size).astype(np.int64)
     return fast_augment.apply(pixels, parameters, size).astype(np.int64) - slow
-
-
-def jpeg(pixels: NDArray[np.uint8], quality: int = 95) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=0)
-    return buffer.getvalue()
 
 
 def spectrum(crop: NDArray[Any]) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from test_fast_augment import PUBLISHED, jpeg, natural, noise
+from made_images import PUBLISHED, jpeg, natural, noise
 from tiny import tiny_config
 
 from dinov2_fsdp.config import Config
