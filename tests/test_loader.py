@@ -247,6 +247,35 @@ def test_a_worker_that_dies_is_named() -> None:
         list(loader)
 
 
+class Broken:
+    """Iterates as torch's loader does when the connection breaks over which a worker hands on its memory."""
+
+    def __init__(self, error: Exception, *workers: multiprocessing.Process) -> None:
+        self.error, self._workers = error, workers
+
+    def __next__(self) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "reset"), FileNotFoundError(2, "gone")])
+def test_a_worker_that_dies_while_it_hands_over_is_named(error: Exception) -> None:
+    """The connection breaks first; only some time later does the worker count as dead."""
+    dies, lives = (multiprocessing.Process(target=time.sleep, args=(seconds,)) for seconds in (0.3, 60))
+    loader = load(one_image_each(workers=0), Scenes(), 1)
+    for worker in (dies, lives):
+        worker.start()
+    try:
+        loader._items[0] = Broken(error, lives, dies)
+        with pytest.raises(RunFailed, match=rf"a data worker died: DataLoader worker \(pid {dies.pid}\) ended"):
+            next(loader)
+        loader._items[0] = Broken(error, lives)
+        with pytest.raises(type(error)):
+            next(loader)
+    finally:
+        lives.kill()
+        lives.join()
+
+
 def test_a_loader_that_nobody_needs_any_more_ends_its_workers_at_once() -> None:
     """Also those that wait because enough has been made."""
     config, others = one_image_each(workers=3), worker_pids()

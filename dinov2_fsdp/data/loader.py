@@ -9,7 +9,7 @@ import os
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,12 @@ OPENED_BYTES = 2**22
 
 WAIT = 0.01
 """Seconds between two looks of a worker that has to wait for its turn."""
+
+DYING = 2.0
+"""Seconds within which a worker is seen to be dead after a connection to it broke."""
+
+_WORKER = "DataLoader worker"
+"""How torch's messages about a worker's end begin."""
 
 
 def build_crops(config: Config) -> MultiCrop:
@@ -260,14 +266,29 @@ class Loader(Iterator[Microbatch]):
     def _receive(self) -> tuple[int, Microbatch | _Failure]:
         try:
             return next(self._items[0])
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, OSError) as error:
+            if (death := _death(error, getattr(self._items[0], "_workers", ()))) is None:
                 raise
-            raise RunFailed(f"a data worker died: {str(error).splitlines()[0]}") from error
+            raise RunFailed(f"a data worker died: {death}") from error
 
     def __del__(self) -> None:
         atexit.unregister(self._end)
         self._end()
+
+
+def _death(error: Exception, workers: Sequence[Any]) -> str | None:
+    """Return which worker's death an error comes from, or None if none of them has died."""
+    deadline = time.monotonic() + DYING
+    try:
+        # What a worker has made is fetched over a connection to it, which breaks before the worker counts as dead.
+        while _WORKER not in str(error) and workers and time.monotonic() < deadline:
+            for worker in workers:
+                if not worker.is_alive():
+                    return f"{_WORKER} (pid {worker.pid}) ended with exit code {worker.exitcode}"
+            time.sleep(WAIT)
+    except RuntimeError as said_by_signal:
+        error = said_by_signal
+    return str(error).splitlines()[0] if _WORKER in str(error) else None
 
 
 def _end_workers(line: _NextInLine, items: list[Any]) -> None:
