@@ -22,8 +22,6 @@ LOGITS_AT_A_TIME = {"cpu": 2**18, "cuda": 2**25}
 """As in :mod:`dinov2_fsdp.ssl.losses`: logits of which float32 copies exist."""
 ROWS_AT_A_TIME = 512
 """As in :mod:`dinov2_fsdp.models.frugal`: tokens that each thread of a CPU activates at a time."""
-WEIGHTS_AT_A_TIME = 2**20
-"""As in :mod:`dinov2_fsdp.models.plain_attention`: softmax weights that each thread of a CPU computes at a time."""
 
 
 @dataclass(frozen=True)
@@ -204,8 +202,7 @@ def _kept_by_block(config: Config, kind: str, count: int, length: int) -> int:
     """Return the bytes that one block keeps of ``count`` sequences of ``length`` tokens."""
     dim, _, heads = width_depth_heads(config.model)
     _, hidden = ffn_widths(config)
-    size, drop = BYTES[config.train.precision], config.model.drop_path
-    kept = max(1, int(count * (1 - drop))) if drop > 0 else count
+    size, kept = BYTES[config.train.precision], _kept(config, count)
     tokens = kept * length
     # Input of the attention branch, of its projection and of the feed-forward branch; queries, keys and values.
     values = tokens * (6 * dim + hidden)
@@ -220,36 +217,53 @@ def _kept_by_block(config: Config, kind: str, count: int, length: int) -> int:
 
 def _block_working(config: Config, kind: str) -> int:
     """Return what the backward pass of one block needs beside what was kept, recomputed layers included."""
-    dim, _, heads = width_depth_heads(config.model)
+    dim = width_depth_heads(config.model)[0]
     second_in, hidden = ffn_widths(config)
     size, drop = BYTES[config.train.precision], config.model.drop_path
-    tokens = weights = 0
-    for count, length in _groups(config):
-        kept = max(1, int(count * (1 - drop))) if drop > 0 else count
-        tokens += kept * length
-        if _plain_attention(config, kind) and length <= MATH_LONGEST:
-            one = heads * length**2
-            weights = max(
-                weights,
-                min(kept, max(1, WEIGHTS_AT_A_TIME * max(1, config.parallel.threads) // one) if kind == "cpu" else kept)
-                * one,
-            )
-    # Gradients of the attention's output, of queries, keys and values, and of a few softmax weights and scores.
-    values = tokens * 4 * dim + 2 * weights if weights else 0
-    # The activation, whose place its gradient takes; SwiGLU has that of both halves beside it. For all tokens, on a CPU
-    # for some: the gradient by the activation, with SwiGLU next to one half's.
-    gated, some = second_in != hidden, tokens
-    if kind == "cpu":
-        some = min(tokens, ROWS_AT_A_TIME * max(1, config.parallel.threads))
-    feed_forward = tokens * (second_in + (hidden if gated else 0)) + some * second_in * (2 if gated else 1)
-    stream = dim * (sum(count * length for count, length in _groups(config)) + (tokens if drop > 0 else 0))
+    everything = sum(count * length for count, length in _groups(config))
+    tokens = sum(count * length for count, length in _kept_groups(config))
+    some = min(tokens, _rows_at_a_time(config)) if kind == "cpu" else tokens
+    # Sums of the weights' gradients over the parts, and the weights times LayerScale.
+    wide = max(size, 4) if some < tokens else size
+    of_first, of_second = wide * dim * hidden, wide * dim * second_in + size * dim * second_in
+    # The gradient by the activation, whose place the one before it takes; SwiGLU has both halves and their whole beside
+    # it. Then the norm's gradients.
+    gated = 3 * second_in if second_in != hidden else 0
+    feed_forward = max(
+        size * some * (gated + hidden) + of_second + (of_first if some < tokens else 0),
+        size * some * (hidden + 3 * dim) + of_second + of_first,
+    )
+    # What the feed-forward branch had kept is gone by the other's turn.
+    attention = size * (_attention_working(config, kind) - tokens * hidden)
+    attention += size * dim * (second_in + hidden) + wide * 4 * dim**2 + size * dim**2
+    working = size * tokens * dim + max(feed_forward, attention)
+    stream = size * dim * (everything + (tokens if drop > 0 else 0))
     every = CHECKPOINTED[config.parallel.activation_checkpointing]
     # Where the last block is not recomputed, the first that is takes the place of what the last one kept.
     again = 0
     if every and (width_depth_heads(config.model)[1] - 1) % every == 0:
         again = sum(_kept_by_block(config, kind, count, length) for count, length in _groups(config))
-    of_weight = dim * second_in
-    return int(size * (max(feed_forward, values) + stream + of_weight)) + again
+    return int(working + stream) + again
+
+
+def _attention_working(config: Config, kind: str) -> int:
+    """Return the numbers that the backward pass of an attention branch works with, but for the weights' gradients."""
+    dim, _, heads = width_depth_heads(config.model)
+    groups = _kept_groups(config)
+    if kind != "cpu" or not all(_plain_attention(config, kind) and length <= MATH_LONGEST for _, length in groups):
+        # Gradients of the attention's output, of queries, keys and values.
+        return sum(count * length for count, length in groups) * 4 * dim
+    # Beside them, for a few sequences, those of the softmax weights and scores, of the norm and what is before it.
+    most = 0
+    for count, length in groups:
+        few = max(1, round(_rows_at_a_time(config) / length))
+        few = -(-count // -(-count // few))
+        most = max(most, few * length * 6 * dim + 2 * few * heads * length**2)
+    return most
+
+
+def _rows_at_a_time(config: Config) -> int:
+    return ROWS_AT_A_TIME * max(1, config.parallel.threads)
 
 
 def _plain_attention(config: Config, kind: str) -> bool:
@@ -265,6 +279,16 @@ def _crops(config: Config) -> list[tuple[int, int]]:
 def _groups(config: Config) -> list[tuple[int, int]]:
     model = config.model
     return [(count, 1 + model.registers + (side // model.patch) ** 2) for count, side in _crops(config)]
+
+
+def _kept_groups(config: Config) -> list[tuple[int, int]]:
+    """Return the sequences that stochastic depth leaves to each branch, and their length."""
+    return [(_kept(config, count), length) for count, length in _groups(config)]
+
+
+def _kept(config: Config, count: int) -> int:
+    drop = config.model.drop_path
+    return max(1, int(count * (1 - drop))) if drop > 0 else count
 
 
 @dataclass(frozen=True)

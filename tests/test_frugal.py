@@ -6,23 +6,45 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2_fsdp.models import frugal
+from dinov2_fsdp.models import frugal, frugal_attention, products
 from dinov2_fsdp.models.block import Block
-from dinov2_fsdp.models.frugal import ACTIVATIONS, activated_linear, norm_linear
+from dinov2_fsdp.models.frugal import ACTIVATIONS, feed_forward, norm_linear, scaled_linear
+from dinov2_fsdp.models.frugal_attention import attention_branch
 from dinov2_fsdp.models.layout import Layout
+from dinov2_fsdp.models.plain_attention import attend_plainly
 
 DIM, WIDTH, ROWS = 12, 20, 31
+TOLERANCES = {
+    torch.float64: {"rtol": 1e-12, "atol": 1e-12},
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
+}
+HEADS, LAYOUT = 3, Layout(((2, 8), (5, 3)))
 
 
-def layers(dtype: torch.dtype = torch.float64) -> tuple[nn.LayerNorm, nn.Linear, nn.Linear, nn.Parameter]:
+def layers(
+    dtype: torch.dtype = torch.float64, activation: str = "swiglu"
+) -> tuple[nn.LayerNorm, nn.Linear, nn.Linear, nn.Parameter]:
     torch.manual_seed(0)
-    norm, first, second = nn.LayerNorm(DIM), nn.Linear(DIM, 2 * WIDTH), nn.Linear(WIDTH, DIM)
+    norm, second = nn.LayerNorm(DIM), nn.Linear(WIDTH, DIM)
+    first = nn.Linear(DIM, 2 * WIDTH if activation == "swiglu" else WIDTH)
     for parameter in norm.parameters():
         nn.init.uniform_(parameter, 0.5, 1.5)
     gamma = nn.Parameter(torch.rand(DIM) - 0.5)
     return norm.to(dtype), first.to(dtype), second.to(dtype), nn.Parameter(gamma.to(dtype))
+
+
+def attention_layers() -> tuple[nn.LayerNorm, nn.Linear, nn.Linear, nn.Parameter]:
+    norm, _, _, gamma = layers()
+    return norm, nn.Linear(DIM, 3 * DIM).double(), nn.Linear(DIM, DIM).double(), gamma
+
+
+def everything(*layers: nn.Module, gamma: nn.Parameter | None) -> list[nn.Parameter]:
+    found = [parameter for layer in layers for parameter in layer.parameters()]
+    return found if gamma is None else [*found, gamma]
 
 
 def gradients(function: Callable[[Tensor], Tensor], rows: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
@@ -43,7 +65,7 @@ def at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Call it, and the plain modules run from then on."""
-    return lambda: monkeypatch.setattr(frugal, "_as_plain_products", lambda *_: False)
+    return lambda: monkeypatch.setattr(frugal, "applies", lambda *_: False)
 
 
 def test_norm_and_linear_have_the_gradients_of_the_plain_modules(plain: Callable[[], None]) -> None:
@@ -57,44 +79,115 @@ def test_norm_and_linear_have_the_gradients_of_the_plain_modules(plain: Callable
 
 
 @pytest.mark.parametrize("scaled", [True, False], ids=["LayerScale", "none"])
+def test_linear_and_scale_have_the_gradients_of_the_plain_modules(scaled: bool, plain: Callable[[], None]) -> None:
+    _, _, linear, gamma = layers()
+    used = gamma if scaled else None
+    rows, parameters = torch.randn(ROWS, WIDTH, dtype=torch.float64), everything(linear, gamma=used)
+    found = gradients(lambda x: scaled_linear(x, linear, used), rows, parameters)
+    plain()
+    expected = gradients(lambda x: scaled_linear(x, linear, used), rows, parameters)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scaled", [True, False], ids=["LayerScale", "none"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activation_and_linear_have_the_gradients_of_the_plain_modules(
+def test_a_feed_forward_branch_has_the_gradients_of_the_plain_modules(
     activation: str, scaled: bool, plain: Callable[[], None]
 ) -> None:
-    _, _, second, gamma = layers()
-    rows = torch.randn(ROWS, 2 * WIDTH if activation == "swiglu" else WIDTH, dtype=torch.float64)
-    parameters = [*second.parameters(), *([gamma] if scaled else [])]
+    norm, first, second, gamma = layers(activation=activation)
+    used = gamma if scaled else None
+    rows, parameters = torch.randn(ROWS, DIM, dtype=torch.float64), everything(norm, first, second, gamma=used)
 
     def run(x: Tensor) -> Tensor:
-        return activated_linear(x, activation, second, gamma if scaled else None)
+        return feed_forward(x, norm, first, activation, second, used)
 
     found = gradients(run, rows, parameters)
+    with torch.no_grad():
+        torch.testing.assert_close(run(rows), found[0], rtol=1e-12, atol=1e-12)
     plain()
     for mine, theirs in zip(found, gradients(run, rows, parameters), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("scaled", [True, False], ids=["LayerScale", "none"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_without_gradients_the_result_is_the_same(activation: str, scaled: bool) -> None:
-    _, _, second, gamma = layers()
-    rows = torch.randn(ROWS, 2 * WIDTH if activation == "swiglu" else WIDTH, dtype=torch.float64)
+def test_an_attention_branch_has_the_gradients_of_the_plain_modules(scaled: bool) -> None:
+    norm, qkv, proj, gamma = attention_layers()
+    used = gamma if scaled else None
+    rows, parameters = torch.randn(LAYOUT.total_tokens, DIM).double(), everything(norm, qkv, proj, gamma=used)
+
+    def run(x: Tensor) -> Tensor:
+        return attention_branch(x, LAYOUT, HEADS, norm, qkv, proj, used)
+
+    def plain(x: Tensor) -> Tensor:
+        attended = attend_plainly(qkv(norm(x)).unflatten(-1, (3, HEADS, -1)), LAYOUT).flatten(1)
+        return proj(attended) * (1 if used is None else used)
+
+    found = gradients(run, rows, parameters)
     with torch.no_grad():
-        found = activated_linear(rows, activation, second, gamma if scaled else None)
-        expected = second(frugal.activate(rows, activation)) * (gamma if scaled else 1)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(run(rows), found[0], rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(found, gradients(plain, rows, parameters), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_are_those_of_finite_differences(activation: str) -> None:
-    norm, first, second, gamma = layers()
-    if activation == "gelu":
-        first = nn.Linear(DIM, WIDTH).double()
+    norm, first, second, gamma = layers(activation=activation)
 
     def run(tokens: Tensor) -> Tensor:
-        return activated_linear(norm_linear(tokens, norm, first), activation, second, gamma)
+        return feed_forward(tokens, norm, first, activation, second, gamma)
 
     assert torch.autograd.gradcheck(run, torch.randn(3, DIM, dtype=torch.float64, requires_grad=True))
+
+
+def test_gradients_of_attention_are_those_of_finite_differences() -> None:
+    norm, qkv, proj, gamma = attention_layers()
+    layout = Layout(((3, 2), (1, 1)))
+
+    def run(tokens: Tensor) -> Tensor:
+        return attention_branch(tokens, layout, HEADS, norm, qkv, proj, gamma)
+
+    assert torch.autograd.gradcheck(run, torch.randn(7, DIM, dtype=torch.float64, requires_grad=True))
+
+
+def test_a_block_takes_the_branch_that_goes_a_few_sequences_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    monkeypatch.setattr("dinov2_fsdp.models.block.attention_branch", lambda tokens, *_: taken.append(1) or tokens)
+    block = Block(DIM, HEADS, WIDTH, "mlp", layer_scale=True)
+    for backend, expected in (("math", 1), ("sdpa", 0)):
+        block.attn.backend = backend
+        taken.clear()
+        block(torch.randn(LAYOUT.total_tokens, DIM, requires_grad=True), LAYOUT)
+        assert len(taken) == expected
+
+
+def test_all_sequences_are_taken_once_each_and_a_few_at_a_time() -> None:
+    parts = list(frugal_attention._parts(LAYOUT))
+    assert [row for rows, _ in parts for row in range(rows.start, rows.stop)] == list(range(LAYOUT.total_tokens))
+    for rows, sequences in parts:
+        length = 8 if rows.start < 16 else 3
+        assert rows.stop - rows.start == sequences * length
+        assert sequences == 1 or sequences * length <= 1.5 * frugal.CACHED_ROWS
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_products_are_those_of_torch(dtype: torch.dtype, transposed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, bias = torch.randn(37, 20, generator=generator), torch.randn(12, generator=generator)
+    weight = torch.randn(20, 12, generator=generator).t() if transposed else torch.randn(12, 20, generator=generator)
+    rows, weight, bias = rows.to(dtype), weight.to(dtype), bias.to(dtype)
+    with torch.no_grad():
+        for used in (bias, None):
+            expected = F.linear(rows.double(), weight.double(), None if used is None else used.double())
+            torch.testing.assert_close(products.linear(rows, weight, used).double(), expected, **TOLERANCES[dtype])
+
+
+def test_products_with_derivatives_are_those_of_torch() -> None:
+    rows, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    assert torch.equal(products.linear(rows, weight), F.linear(rows, weight))
+    products.linear(rows, weight).sum().backward()
+    assert weight.grad is not None
 
 
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
@@ -146,11 +239,14 @@ def test_a_block_keeps_less_for_its_backward_pass(ffn: str, share: float, plain:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_fp16_and_autocast_take_the_plain_modules(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     norm, first, second, gamma = layers(dtype)
-    monkeypatch.setattr(frugal._NormLinear, "apply", None)
-    monkeypatch.setattr(frugal._ActivatedLinear, "apply", None)
+    for kind in (frugal._NormLinear, frugal._ScaledLinear, frugal._FeedForward):
+        monkeypatch.setattr(kind, "apply", None)
+    rows = torch.randn(ROWS, DIM, dtype=dtype, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-        hidden = norm_linear(torch.randn(ROWS, DIM, dtype=dtype, requires_grad=True), norm, first)
-        assert activated_linear(hidden, "swiglu", second, gamma).requires_grad
+        assert norm_linear(rows, norm, first).requires_grad
+        assert feed_forward(rows, norm, first, "swiglu", second, gamma).requires_grad
+        assert scaled_linear(torch.randn(ROWS, WIDTH, dtype=dtype), second, gamma).requires_grad
+        assert not frugal_attention.applies(rows, first, second)
 
 
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
@@ -168,12 +264,26 @@ def test_a_block_compiles_as_a_whole(ffn: str) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-def test_frozen_weights_get_no_gradient_and_what_is_before_them_does() -> None:
-    _, _, second, gamma = layers()
-    rows = torch.randn(ROWS, WIDTH, dtype=torch.float64, requires_grad=True)
-    (expected,) = torch.autograd.grad((second(frugal.activate(rows, "gelu")) * gamma).sum(), [rows])
-    second.requires_grad_(False)
-    out = activated_linear(rows, "gelu", second, gamma.detach())
-    out.sum().backward()
+def test_frozen_weights_get_no_gradient_and_what_is_before_them_does(plain: Callable[[], None]) -> None:
+    norm, first, second, gamma = layers()
+    for layer in (norm, first, second):
+        layer.requires_grad_(False)
+
+    def run(x: Tensor) -> Tensor:
+        hidden = norm_linear(x, norm, first)
+        return feed_forward(x, norm, first, "swiglu", second, gamma) + scaled_linear(hidden[:, :WIDTH], second, gamma)
+
+    rows = torch.randn(ROWS, DIM, dtype=torch.float64)
+    found = gradients(run, rows, [gamma])
     assert second.weight.grad is None
-    torch.testing.assert_close(rows.grad, expected)
+    plain()
+    for mine, theirs in zip(found, gradients(run, rows, [gamma]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_no_rows_are_no_rows() -> None:
+    norm, first, second, gamma = layers()
+    rows = torch.empty(0, DIM, dtype=torch.float64)
+    assert feed_forward(rows, norm, first, "swiglu", second, gamma).shape == (0, DIM)
+    with torch.no_grad():
+        assert products.linear(torch.empty(0, 4), torch.ones(3, 4)).shape == (0, 3)

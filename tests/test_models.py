@@ -14,7 +14,7 @@ from dinov2_fsdp.config import ModelConfig
 from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.models.attention import attend, resolve_backend
 from dinov2_fsdp.models.factory import build_backbone, create
-from dinov2_fsdp.models.frugal import activated_linear
+from dinov2_fsdp.models.frugal import activate
 from dinov2_fsdp.models.layout import Layout
 from dinov2_fsdp.models.plain_attention import attend_plainly
 from dinov2_fsdp.models.stochastic_depth import draw_plan
@@ -157,7 +157,7 @@ def test_swiglu_gates_with_silu() -> None:
     x = tiny_images(1).double().flatten()[: 5 * 24].reshape(5, 24)
     gate, value = (x @ mlp.w12.weight.T + mlp.w12.bias).split(64, dim=-1)  # 2/3 · 96
     expected = (gate / (1 + (-gate).exp()) * value) @ mlp.w3.weight.T + mlp.w3.bias
-    torch.testing.assert_close(activated_linear(mlp.w12(x), mlp.activation, mlp.w3, None), expected)
+    torch.testing.assert_close(mlp.w3(activate(mlp.w12(x), mlp.activation)), expected)
 
 
 # -- embedding --------------------------------------------------------------------------------------------------------

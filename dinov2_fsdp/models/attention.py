@@ -54,7 +54,7 @@ def attend(qkv: Tensor, layout: Layout, backend: str) -> Tensor:
         return _attend_xformers(qkv, layout)
     if backend == "varlen":
         return _attend_varlen(qkv, layout)
-    plain = [backend == "math" and length <= MATH_LONGEST for _, length in layout.groups]
+    plain = _plain(layout, backend)
     if all(plain):
         return attend_plainly(qkv, layout)
     # Split, not sliced: autograd pads the gradients of slices with zeros and adds them up.
@@ -64,6 +64,10 @@ def attend(qkv: Tensor, layout: Layout, backend: str) -> Tensor:
         for some, group, short in zip(rows, layout.groups, plain, strict=True)
     ]
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _plain(layout: Layout, backend: str) -> list[bool]:
+    return [backend == "math" and length <= MATH_LONGEST for _, length in layout.groups]
 
 
 def _attend_sdpa(qkv: Tensor, sequences: int) -> Tensor:
@@ -119,6 +123,10 @@ class Attention(nn.Module):
     def attend(self, qkv: Tensor, layout: Layout) -> Tensor:
         """Return ``(total_tokens, dim)``, before the projection, for the packed output of ``qkv``."""
         return attend(qkv.unflatten(-1, (3, self.heads, -1)), layout, self.backend).flatten(1)
+
+    def in_parts(self, layout: Layout) -> bool:
+        """Return whether attention is plain matrix products, of a few sequences at a time if wanted."""
+        return all(_plain(layout, self.backend))
 
     def attention_map(self, tokens: Tensor) -> Tensor:
         """Return the softmax weights ``(sequences, heads, length, length)`` for ``(sequences, length, dim)``."""

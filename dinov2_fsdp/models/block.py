@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dinov2_fsdp.models import frugal_attention
 from dinov2_fsdp.models.attention import Attention
-from dinov2_fsdp.models.frugal import activated_linear, norm_linear
+from dinov2_fsdp.models.frugal import feed_forward, norm_linear, scaled_linear
+from dinov2_fsdp.models.frugal_attention import attention_branch
 from dinov2_fsdp.models.layout import Layout
 from dinov2_fsdp.models.stochastic_depth import Subset, add_residual
 
@@ -79,13 +81,16 @@ class Block(nn.Module):
         return add_residual(tokens, layout, self._ffn_branch, ffn_subset)
 
     def _attention_branch(self, tokens: Tensor, layout: Layout) -> Tensor:
+        if self.attn.in_parts(layout) and frugal_attention.applies(tokens, self.attn.qkv, self.attn.proj):
+            return attention_branch(
+                tokens, layout, self.attn.heads, self.norm1, self.attn.qkv, self.attn.proj, gamma(self.ls1)
+            )
         qkv = norm_linear(tokens, self.norm1, self.attn.qkv)
-        return activated_linear(self.attn.attend(qkv, layout), "none", self.attn.proj, gamma(self.ls1))
+        return scaled_linear(self.attn.attend(qkv, layout), self.attn.proj, gamma(self.ls1))
 
     def _ffn_branch(self, tokens: Tensor, layout: Layout) -> Tensor:
         first, second = self.mlp.linears
-        hidden = norm_linear(tokens, self.norm2, first)
-        return activated_linear(hidden, self.mlp.activation, second, gamma(self.ls2))
+        return feed_forward(tokens, self.norm2, first, self.mlp.activation, second, gamma(self.ls2))
 
 
 def gamma(scale: nn.Module) -> Tensor | None:

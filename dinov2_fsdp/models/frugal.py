@@ -4,13 +4,15 @@ Between two linear layers of a block stand cheap operations: layer norm, GELU or
 output of each; here they are computed again in the backward pass, from inputs that are kept anyway. Of what the blocks
 of a plain ViT keep, that saves more than a third (docs/performance.md).
 
+On a CPU a feed-forward layer takes so many rows at a time that what lies between its ends stays in the cache, forward
+and backward: the wide tensors never stand in memory as a whole, but for the kept one, in parts.
+
 The plain modules are the reference, and what runs under autocast and in fp16, whose range LayerScale times weights
 could leave here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,73 +20,83 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-ACTIVATIONS = ("none", "gelu", "swiglu")
+from dinov2_fsdp.models.products import linear
+
+ACTIVATIONS = ("gelu", "swiglu")
 
 CACHED_ROWS = 512
-"""Tokens that each thread of a CPU activates at a time."""
+"""Tokens that each thread of a CPU takes through a feed-forward layer at a time."""
 
 
-def norm_linear(tokens: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
-    """Return ``linear(norm(tokens))`` for ``(rows, dim)``; kept: the tokens and two statistics of each row."""
-    if not _pays(tokens, linear.weight):
-        return linear(norm(tokens))
-    out: Tensor = _NormLinear.apply(tokens, norm.weight, norm.bias, linear.weight, linear.bias, norm.eps)
+def norm_linear(tokens: Tensor, norm: nn.LayerNorm, after: nn.Linear) -> Tensor:
+    """Return ``after(norm(tokens))`` for ``(rows, dim)``; kept: the tokens and two statistics of each row."""
+    if not applies(tokens, after):
+        return after(norm(tokens))
+    out: Tensor = _NormLinear.apply(tokens, norm.weight, norm.bias, after.weight, after.bias, norm.eps)
     return out
 
 
-def activated_linear(hidden: Tensor, activation: str, linear: nn.Linear, gamma: Tensor | None) -> Tensor:
-    """Return ``linear(activation(hidden)) · gamma``; kept: ``hidden``.
+def scaled_linear(rows: Tensor, before: nn.Linear, gamma: Tensor | None) -> Tensor:
+    """Return ``before(rows) · gamma``, with ``(dim,)`` factors of LayerScale (arXiv 2103.17239) or None; kept: rows."""
+    if gamma is None or not applies(rows, before):
+        out: Tensor = before(rows)
+        return out if gamma is None else out * gamma
+    out = _ScaledLinear.apply(rows, before.weight, before.bias, gamma)
+    return out
+
+
+def feed_forward(
+    tokens: Tensor, norm: nn.LayerNorm, first: nn.Linear, activation: str, second: nn.Linear, gamma: Tensor | None
+) -> Tensor:
+    """Return ``second(activation(first(norm(tokens)))) · gamma`` for ``(rows, dim)``.
+
+    Kept for the backward pass: the tokens, two statistics of each row, and what ``first`` returns.
 
     Args:
-        hidden: ``(rows, width)``; with ``swiglu`` ``(rows, 2 · width)``, gates before values.
-        activation: one of :data:`ACTIVATIONS`.
-        gamma: ``(dim,)`` of LayerScale (arXiv 2103.17239), or None for none.
+        activation: one of :data:`ACTIVATIONS`; with ``swiglu``, ``first`` returns gates before values.
+        gamma: ``(dim,)`` of LayerScale, or None for none.
     """
-    if _as_plain_products(hidden, linear.weight):
-        if torch.is_grad_enabled() and (hidden.requires_grad or linear.weight.requires_grad):
-            out: Tensor = _ActivatedLinear.apply(hidden, activation, linear.weight, linear.bias, gamma)
-            return out
-        return _activated_linear(hidden, activation, linear.weight, linear.bias, gamma)
-    out = linear(activate(hidden, activation))
-    return out if gamma is None else out * gamma
+    if not applies(tokens, first, second):
+        out: Tensor = second(activate(first(norm(tokens)), activation))
+        return out if gamma is None else out * gamma
+    layers = (norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias, gamma)
+    out = _FeedForward.apply(tokens, *layers, activation, norm.eps)
+    return out
 
 
 def activate(hidden: Tensor, activation: str) -> Tensor:
-    """Return the activation of ``hidden``, see :func:`activated_linear`."""
+    """Return the activation of ``hidden``, see :func:`feed_forward`."""
     if activation == "gelu":
         return F.gelu(hidden)
-    if activation == "swiglu":
-        gate, value = hidden.chunk(2, dim=-1)
-        return F.silu(gate) * value
-    return hidden
+    gate, value = hidden.chunk(2, dim=-1)
+    return F.silu(gate) * value
 
 
-def _pays(rows: Tensor, weight: Tensor) -> bool:
-    return torch.is_grad_enabled() and weight.requires_grad and _as_plain_products(rows, weight)
+def applies(rows: Tensor, *layers: nn.Linear) -> bool:
+    """Return whether layers may run as here and not as plain modules: in one type, all of them trained or nothing."""
+    trained = [layer.weight.requires_grad for layer in layers]
+    return (
+        rows.dtype == layers[0].weight.dtype != torch.float16
+        and not torch.is_autocast_enabled(rows.device.type)
+        and (not torch.is_grad_enabled() or all(trained) or not (any(trained) or rows.requires_grad))
+    )
 
 
-def _as_plain_products(rows: Tensor, weight: Tensor) -> bool:
-    return rows.dtype == weight.dtype != torch.float16 and not torch.is_autocast_enabled(rows.device.type)
+def in_weights(weight: Tensor, bias: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return a linear layer with LayerScale in its weights, which are fewer than the tokens."""
+    return (weight, bias) if gamma is None else (weight * gamma[:, None], bias * gamma)
 
 
-def _activated_linear(hidden: Tensor, activation: str, weight: Tensor, bias: Tensor, gamma: Tensor | None) -> Tensor:
-    if gamma is not None:
-        # Into the weights, which are fewer than the tokens.
-        weight, bias = weight * gamma[:, None], bias * gamma
-    if activation == "none":
-        return F.linear(hidden, weight, bias)
-    out = hidden.new_empty(len(hidden), len(weight))
-    for some in _slices(hidden):
-        torch.addmm(bias, activate(hidden[some], activation), weight.t(), out=out[some])
-    return out
-
-
-def _slices(rows: Tensor) -> Iterator[slice]:
-    """Yield parts of so many rows that what is computed of them is still in a CPU's cache when it is used."""
-    # A compiler has its own ways, and would unroll the loop.
-    few = rows.device.type == "cpu" and not torch.compiler.is_compiling()
-    size = CACHED_ROWS * torch.get_num_threads() if few else max(1, len(rows))
-    return (slice(start, start + size) for start in range(0, len(rows), size))
+def of_layer_scale(
+    of_scaled: Tensor, total: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the gradients in W, b and γ from those in W γ and b γ: with y = (W a + b) γ, W a need not be kept."""
+    if gamma is None:
+        return of_scaled.to(weight.dtype), total.to(bias.dtype), None
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    of_gamma = (of_scaled.to(wide) * weight.to(wide)).sum(1) + total.to(wide) * bias.to(wide)
+    of_weight, of_bias = of_scaled.mul_(gamma[:, None]), total * gamma
+    return of_weight.to(weight.dtype), of_bias.to(bias.dtype), of_gamma.to(gamma.dtype)
 
 
 class _NormLinear(torch.autograd.Function):
@@ -95,7 +107,7 @@ class _NormLinear(torch.autograd.Function):
         normed, mean, scale = torch.native_layer_norm(tokens, [tokens.shape[-1]], norm_weight, norm_bias, eps)
         ctx.save_for_backward(tokens, norm_weight, norm_bias, weight, mean, scale)
         ctx.eps = eps
-        return F.linear(normed, weight, bias)
+        return linear(normed, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -105,55 +117,127 @@ class _NormLinear(torch.autograd.Function):
         normed = torch.native_layer_norm(tokens, shape, norm_weight, norm_bias, ctx.eps)[0]
         grad_weight = grad.t() @ normed
         of_tokens, of_norm_weight, of_norm_bias = torch.ops.aten.native_layer_norm_backward(
-            grad @ weight, tokens, shape, mean, scale, norm_weight, norm_bias, [True, True, True]
+            linear(grad, weight.t()), tokens, shape, mean, scale, norm_weight, norm_bias, [True, True, True]
         )
         return of_tokens, of_norm_weight, of_norm_bias, grad_weight, grad.sum(0), None
 
 
-class _ActivatedLinear(torch.autograd.Function):
+class _ScaledLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, activation: str, weight: Tensor, bias: Tensor, gamma: Tensor | None
-    ) -> Tensor:
-        ctx.activation = activation
-        ctx.save_for_backward(hidden, weight, bias, gamma)
-        return _activated_linear(hidden, activation, weight, bias, gamma)
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight, bias, gamma)
+        return linear(rows, *in_weights(weight, bias, gamma))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, gamma = ctx.saved_tensors
-        activated = activate(hidden, ctx.activation)
-        if not ctx.needs_input_grad[2]:
-            scaled = weight if gamma is None else weight * gamma[:, None]
-            return _of_hidden(grad, scaled, hidden, activated, ctx.activation), None, None, None, None
-        # With y = (W a + b) γ, the gradients of W and γ are both sums of g aᵀ, so that W a need not be kept.
-        outer = grad.t() @ activated
-        total = grad.sum(0)
-        if gamma is None:
-            return _of_hidden(grad, weight, hidden, activated, ctx.activation), None, outer, total, None
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        of_gamma = (outer.to(wide) * weight.to(wide)).sum(1) + total.to(wide) * bias.to(wide)
-        of_weight = outer.mul_(gamma[:, None])
-        of_hidden = _of_hidden(grad, weight * gamma[:, None], hidden, activated, ctx.activation)
-        return of_hidden, None, of_weight, total * gamma, of_gamma.to(gamma.dtype)
+        rows, weight, bias, gamma = ctx.saved_tensors
+        of_rows = linear(grad, (weight * gamma[:, None]).t())
+        return of_rows, *of_layer_scale(grad.t() @ rows, grad.sum(0), weight, bias, gamma)
 
 
-def _of_hidden(grad: Tensor, weight: Tensor, hidden: Tensor, activated: Tensor, activation: str) -> Tensor:
-    """Return the gradient of the loss in ``hidden`` from that in the output; ``activated`` may be overwritten."""
-    if activation == "none":
-        return grad @ weight
-    out = activated if activation == "gelu" else torch.empty_like(hidden)
-    for some in _slices(grad):
-        of_activated = grad[some] @ weight
-        if activation == "gelu":
-            torch.ops.aten.gelu_backward.grad_input(of_activated, hidden[some], grad_input=out[some])
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+        gamma: Tensor | None,
+        activation: str,
+        eps: float,
+    ) -> Tensor:
+        ctx.activation, ctx.eps = activation, eps
+        keep = any(ctx.needs_input_grad)
+        weight, bias = in_weights(weight2, bias2, gamma)
+        outs, kept = [], []
+        for some in _slices(tokens):
+            normed, mean, scale = torch.native_layer_norm(tokens[some], [tokens.shape[-1]], norm_weight, norm_bias, eps)
+            hidden = linear(normed, weight1, bias1)
+            outs.append(linear(activate(hidden, activation), weight, bias))
+            kept += [hidden, mean, scale] if keep else []
+        ctx.save_for_backward(tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept)
+        return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept = ctx.saved_tensors
+        shape = [tokens.shape[-1]]
+        scaled = weight2 if gamma is None else weight2 * gamma[:, None]
+        of_tokens = torch.empty_like(tokens)
+        slices = _slices(tokens)
+        # Transposed, so that both have their longer side first: the faster way in bf16.
+        of_weight1, of_scaled = (Sum(len(slices)) for _ in range(2))
+        of_bias1, of_bias2, of_norm_weight, of_norm_bias = (Sum(len(slices)) for _ in range(4))
+        for i, some in enumerate(slices):
+            hidden, mean, scale = kept[3 * i : 3 * i + 3]
+            activated = activate(hidden, ctx.activation)
+            of_scaled.add_product(activated, grad[some])
+            del activated
+            of_bias2.add(grad[some].sum(0))
+            of_hidden = _activate_backward(linear(grad[some], scaled.t()), hidden, ctx.activation)
+            normed = torch.native_layer_norm(tokens[some], shape, norm_weight, norm_bias, ctx.eps)[0]
+            of_weight1.add_product(of_hidden, normed)
+            del normed
+            of_bias1.add(of_hidden.sum(0))
+            found, *of_norm = torch.ops.aten.native_layer_norm_backward(
+                linear(of_hidden, weight1.t()), tokens[some], shape, mean, scale, norm_weight, norm_bias, [True] * 3
+            )
+            of_tokens[some] = found
+            of_norm_weight.add(of_norm[0])
+            of_norm_bias.add(of_norm[1])
+        dtype = weight1.dtype
+        of_second = of_layer_scale(of_scaled.total.t(), of_bias2.total, weight2, bias2, gamma)
+        of_first = (of.total.to(dtype) for of in (of_norm_weight, of_norm_bias, of_weight1, of_bias1))
+        return of_tokens, *of_first, *of_second, None, None
+
+
+class Sum:
+    """A sum over slices of the rows, kept in fp32 or wider if there are several."""
+
+    def __init__(self, terms: int) -> None:
+        self.total = torch.empty(0)
+        self._terms, self._added = terms, 0
+
+    def add(self, term: Tensor) -> None:
+        if self._added:
+            self.total += term
         else:
-            gate, value = hidden[some].chunk(2, dim=-1)
-            if torch.compiler.is_compiling():  # it writes into no strided memory
-                of_gate = torch.ops.aten.silu_backward(of_activated * value, gate)
-                return torch.cat([of_gate, of_activated * F.silu(gate)], dim=-1)
-            of_gate, of_value = out[some].chunk(2, dim=-1)
-            torch.ops.aten.silu_backward.grad_input(of_activated * value, gate, grad_input=of_gate)
-            torch.mul(of_activated, F.silu(gate), out=of_value)
-    return out
+            self.total = term if self._terms == 1 else term.to(torch.promote_types(term.dtype, torch.float32))
+        self._added += 1
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        """Add ``leftᵀ · right``."""
+        if self._added and self.total.dtype == left.dtype:
+            self.total.addmm_(left.t(), right)
+        else:
+            self.add(left.t() @ right)
+
+
+def _activate_backward(grad: Tensor, hidden: Tensor, activation: str) -> Tensor:
+    """Return the gradient in ``hidden`` from that in its activation, which may be overwritten."""
+    if activation == "gelu":
+        out: Tensor = torch.ops.aten.gelu_backward.grad_input(grad, hidden, grad_input=grad)
+        return out
+    gate, value = hidden.chunk(2, dim=-1)
+    of_gate = torch.ops.aten.silu_backward(grad * value, gate)
+    return torch.cat([of_gate, grad * F.silu(gate)], dim=-1)
+
+
+def rows_at_a_time() -> int:
+    """Return of how many tokens a CPU computes all that lies between two ends of a branch before it takes others."""
+    return CACHED_ROWS * torch.get_num_threads()
+
+
+def _slices(rows: Tensor) -> list[slice]:
+    """Return parts of about equal size, of so many rows that what is computed of them stays in a CPU's cache."""
+    # A compiler has its own ways, and would unroll the loop.
+    few = rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    most = rows_at_a_time() if few else max(1, len(rows))
+    size = max(1, -(-len(rows) // max(1, -(-len(rows) // most))))
+    return [slice(start, start + size) for start in range(0, len(rows), size)] or [slice(0, 0)]

@@ -35,28 +35,46 @@ def _attend(qkv: Tensor, layout: Layout, keep: bool) -> tuple[Tensor, list[Tenso
     _, _, heads, dim = qkv.shape
     out, kept = qkv.new_empty(len(qkv), heads, dim), []
     for start, end, sequences, length in layout.spans():
-        source, target = _by_head(qkv[start:end], sequences), _by_head(out[start:end, None], sequences)[0]
+        source, target = by_head(qkv[start:end], sequences), by_head(out[start:end, None], sequences)[0]
         weights = qkv.new_empty(sequences if keep else 0, heads, length, length)
         for some in _slices(sequences, heads * length**2, qkv.device):
-            query, key, value = _parts(source[:, some])
-            scores = torch.bmm(query, key.transpose(1, 2))
-            softmax = torch.softmax(scores, dim=-1, out=weights[some].flatten(0, 1) if keep else scores)
-            target[some].copy_(torch.bmm(softmax, value).view_as(target[some]))
+            found, _ = attend_parts(queries_keys_values(source[:, some]), weights[some].flatten(0, 1) if keep else None)
+            target[some].copy_(found.view_as(target[some]))
         kept.append(weights)
     return out, kept
 
 
-def _by_head(packed: Tensor, sequences: int) -> Tensor:
+def by_head(packed: Tensor, sequences: int) -> Tensor:
     """Return a view ``(parts, sequences, heads, length, head_dim)`` of ``(tokens, parts, heads, head_dim)``."""
     return packed.unflatten(0, (sequences, -1)).permute(2, 0, 3, 1, 4)
 
 
-def _parts(source: Tensor) -> Tensor:
-    """Return q/√d, k and v, ``(3, sequences · heads, length, head_dim)``, from a view as of ``_by_head``."""
+def queries_keys_values(source: Tensor) -> Tensor:
+    """Return q/√d, k and v, ``(3, sequences · heads, length, head_dim)``, from a view as of :func:`by_head`."""
     parts = source.clone(memory_format=torch.contiguous_format).flatten(1, 2)
     # Not on the way: arithmetic between tensors of different strides takes three times as long as copying.
     parts[0].mul_(source.shape[-1] ** -0.5)
     return parts
+
+
+def attend_parts(parts: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return what attention gives for :func:`queries_keys_values`, ``(sequences · heads, length, head_dim)``, and the
+    softmax weights, written into ``out`` if given."""
+    query, key, value = parts
+    scores = torch.bmm(query, key.transpose(1, 2))
+    weights = torch.softmax(scores, dim=-1, out=scores if out is None else out)
+    return torch.bmm(weights, value), weights
+
+
+def attend_parts_backward(of_out: Tensor, parts: Tensor, weights: Tensor, target: Tensor) -> None:
+    """Write the gradient in q, k and v into ``target``, a view as of :func:`by_head`, from that in the result."""
+    query, key, value = parts
+    of_weights = torch.bmm(of_out, value.transpose(1, 2))
+    of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+    shape = target[0].shape
+    target[0].copy_(torch.bmm(of_scores, key).mul_(shape[-1] ** -0.5).view(shape))
+    target[1].copy_(torch.bmm(of_scores.transpose(1, 2), query).view(shape))
+    target[2].copy_(torch.bmm(weights.transpose(1, 2), of_out).view(shape))
 
 
 def _slices(sequences: int, weights: int, device: torch.device) -> Iterator[slice]:
@@ -80,16 +98,9 @@ class _PlainAttention(torch.autograd.Function):
         qkv, *kept = ctx.saved_tensors
         of_qkv = torch.empty_like(qkv)
         for (start, end, sequences, _), all_weights in zip(ctx.layout.spans(), kept, strict=True):
-            source, target = _by_head(qkv[start:end], sequences), _by_head(of_qkv[start:end], sequences)
-            of_target = _by_head(grad[start:end, None], sequences)[0]
+            source, target = by_head(qkv[start:end], sequences), by_head(of_qkv[start:end], sequences)
+            of_target = by_head(grad[start:end, None], sequences)[0]
             for some in _slices(sequences, all_weights[:1].numel(), grad.device):
-                query, key, value = _parts(source[:, some])
-                weights = all_weights[some].flatten(0, 1)
-                of_out = of_target[some].flatten(0, 1).contiguous()
-                of_weights = torch.bmm(of_out, value.transpose(1, 2))
-                of_scores = torch._softmax_backward_data(of_weights, weights, -1, grad.dtype)
-                shape = target[0, some].shape
-                target[0, some].copy_(torch.bmm(of_scores, key).mul_(shape[-1] ** -0.5).view(shape))
-                target[1, some].copy_(torch.bmm(of_scores.transpose(1, 2), query).view(shape))
-                target[2, some].copy_(torch.bmm(weights.transpose(1, 2), of_out).view(shape))
+                parts, of_out = queries_keys_values(source[:, some]), of_target[some].flatten(0, 1).contiguous()
+                attend_parts_backward(of_out, parts, all_weights[some].flatten(0, 1), target[:, some])
         return of_qkv, None

@@ -1,0 +1,120 @@
+"""The attention branch of a block, a few sequences at a time from its norm to its projection: for a CPU.
+
+As in :mod:`dinov2_fsdp.models.frugal`, what lies between the branch's ends stays in the cache, forward and backward.
+Kept for the backward pass are queries, keys and values as the products want them, the softmax weights and the
+projection's input, in parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dinov2_fsdp.models import frugal
+from dinov2_fsdp.models.frugal import Sum, in_weights, of_layer_scale
+from dinov2_fsdp.models.layout import Layout
+from dinov2_fsdp.models.plain_attention import attend_parts, attend_parts_backward, by_head, queries_keys_values
+from dinov2_fsdp.models.products import linear
+
+_PARTS = 5
+
+
+def attention_branch(
+    tokens: Tensor,
+    layout: Layout,
+    heads: int,
+    norm: nn.LayerNorm,
+    qkv: nn.Linear,
+    proj: nn.Linear,
+    gamma: Tensor | None,
+) -> Tensor:
+    """Return ``proj(attention(qkv(norm(tokens)))) · gamma`` for packed ``(tokens, dim)``; ask :func:`applies` first.
+
+    Args:
+        gamma: ``(dim,)`` of LayerScale (arXiv 2103.17239), or None for none.
+    """
+    layers = (norm.weight, norm.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, gamma)
+    out: Tensor = _AttentionBranch.apply(tokens, *layers, layout, heads, norm.eps)
+    return out
+
+
+def applies(tokens: Tensor, qkv: nn.Linear, proj: nn.Linear) -> bool:
+    """Return whether the branch may run here: on a CPU, not compiled, all of it trained or nothing."""
+    return tokens.device.type == "cpu" and not torch.compiler.is_compiling() and frugal.applies(tokens, qkv, proj)
+
+
+def _parts(layout: Layout) -> Iterator[tuple[slice, int]]:
+    """Yield the rows of a few sequences, and how many there are."""
+    for start, end, sequences, length in layout.spans():
+        rows = max(1, round(frugal.rows_at_a_time() / length))
+        few = -(-sequences // -(-sequences // rows))
+        for first in range(start, end, few * length):
+            last = min(end, first + few * length)
+            yield slice(first, last), (last - first) // length
+
+
+class _AttentionBranch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+        gamma: Tensor | None,
+        layout: Layout,
+        heads: int,
+        eps: float,
+    ) -> Tensor:
+        ctx.layout, ctx.heads, ctx.eps = layout, heads, eps
+        keep = any(ctx.needs_input_grad)
+        weight, bias = in_weights(weight2, bias2, gamma)
+        dim = tokens.shape[-1]
+        out, kept = torch.empty_like(tokens), []
+        for rows, sequences in _parts(layout):
+            normed, mean, scale = torch.native_layer_norm(tokens[rows], [dim], norm_weight, norm_bias, eps)
+            qkv = linear(normed, weight1, bias1).unflatten(-1, (3, heads, -1))
+            parts = queries_keys_values(by_head(qkv, sequences))
+            found, weights = attend_parts(parts)
+            attended = found.unflatten(0, (sequences, heads)).transpose(1, 2).reshape(-1, dim)
+            out[rows] = linear(attended, weight, bias)
+            kept += [parts, weights, attended, mean, scale] if keep else []
+        ctx.save_for_backward(tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept = ctx.saved_tensors
+        dim, heads = tokens.shape[-1], ctx.heads
+        of_tokens, scaled = torch.empty_like(tokens), in_weights(weight2, bias2, gamma)[0]
+        terms = len(kept) // _PARTS
+        of_norm_weight, of_norm_bias, of_weight1, of_bias1, of_scaled, of_bias2 = (Sum(terms) for _ in range(6))
+        for i, (rows, sequences) in enumerate(_parts(ctx.layout)):
+            parts, weights, attended, mean, scale = kept[_PARTS * i : _PARTS * (i + 1)]
+            of_scaled.add_product(grad[rows], attended)
+            of_bias2.add(grad[rows].sum(0))
+            of_attended = linear(grad[rows], scaled.t()).unflatten(-1, (1, heads, -1))
+            of_out = by_head(of_attended, sequences)[0].flatten(0, 1).contiguous()
+            of_qkv = of_attended.new_empty(len(attended), 3, heads, dim // heads)
+            attend_parts_backward(of_out, parts, weights, by_head(of_qkv, sequences))
+            of_qkv = of_qkv.flatten(1)
+            normed = torch.native_layer_norm(tokens[rows], [dim], norm_weight, norm_bias, ctx.eps)[0]
+            of_weight1.add_product(of_qkv, normed)
+            del normed
+            of_bias1.add(of_qkv.sum(0))
+            of_tokens[rows], *of_norm = torch.ops.aten.native_layer_norm_backward(
+                linear(of_qkv, weight1.t()), tokens[rows], [dim], mean, scale, norm_weight, norm_bias, [True] * 3
+            )
+            of_norm_weight.add(of_norm[0])
+            of_norm_bias.add(of_norm[1])
+        of_first = (of.total.to(weight1.dtype) for of in (of_norm_weight, of_norm_bias, of_weight1, of_bias1))
+        of_second = of_layer_scale(of_scaled.total, of_bias2.total, weight2, bias2, gamma)
+        return of_tokens, *of_first, *of_second, None, None, None
