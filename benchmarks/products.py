@@ -32,6 +32,7 @@ from dinov2_fsdp.data.batch import Microbatch
 from dinov2_fsdp.data.loader import build_loader
 from dinov2_fsdp.data.sources import open_source
 from dinov2_fsdp.models.initialise import initialise
+from dinov2_fsdp.models.products import linear
 from dinov2_fsdp.parallel.place import place_from_environment
 from dinov2_fsdp.parallel.sharding import build_networks
 from dinov2_fsdp.parallel.world import end_world, start_world
@@ -72,7 +73,7 @@ class Product:
         return made[0], made[1]
 
 
-MATRICES = {torch.ops.aten.mm: (0, 1), torch.ops.aten.addmm: (1, 2), torch.ops.aten.bmm: (0, 1)}
+MATRICES = {"mm": (0, 1), "addmm": (1, 2), "addmm_": (1, 2), "bmm": (0, 1), "_linear_pointwise": (0, 1)}
 """Which arguments of each operation are the matrices."""
 
 
@@ -85,8 +86,10 @@ class ProductRecorder(TorchDispatchMode):
         self.others: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if places := MATRICES.get(func.overloadpacket):
+        if places := MATRICES.get(func.overloadpacket.__name__):
             left, right = (args[place] for place in places)
+            if func.overloadpacket.__name__ == "_linear_pointwise":
+                right = right.t()
             if left.numel() and right.numel():
                 self.products[Product(_operand(left), _operand(right), left.dtype)] += 1
         elif func.overloadpacket.__name__ in ("baddbmm", "convolution", "convolution_backward") or (
@@ -148,17 +151,27 @@ def record_step(config: Config) -> tuple[Recorded, torch.device]:
 
 
 def seconds_of(product: Product, device: torch.device) -> float:
-    """Return how long the product takes by itself, seconds; the mean over a row of repetitions."""
+    """Return how long the product takes by itself, seconds, by the faster of the libraries that the model may use."""
     left, right = product.operands(device)
     multiply: Callable[..., Tensor] = torch.bmm if left.dim() == 3 else torch.mm
     # Into the same memory every time: what it costs to obtain new memory is the step's, not the product's.
     out = multiply(left, right)
+    ways: list[Callable[[], object]] = [lambda: multiply(left, right, out=out)]
+    if left.dim() == 2:
+        ways.append(lambda: linear(left, right.t()))
+    with torch.no_grad():
+        return min(_repeated(way, device) for way in ways)
+
+
+def _repeated(run: Callable[[], object], device: torch.device) -> float:
+    """Return the mean seconds of a row of repetitions."""
+    run()
     repetitions = 1
     while True:
         _wait(device)
         start = time.perf_counter()
         for _ in range(repetitions):
-            multiply(left, right, out=out)
+            run()
         _wait(device)
         elapsed = time.perf_counter() - start
         if elapsed >= LEAST:
