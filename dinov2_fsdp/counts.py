@@ -55,13 +55,17 @@ def _head(head: HeadConfig, dim: int) -> int:
     return linear + norms + head.prototypes * (head.bottleneck + 1)
 
 
+def tokens_of(config: Config, size: int) -> int:
+    """Return the tokens of a crop of so many pixels on a side: class token, registers, patches."""
+    return 1 + config.model.registers + (size // config.model.patch) ** 2
+
+
 def forward_flops(config: Config, size: int, drop: float = 0.0) -> float:
     """Return the floating-point operations (two per multiply-add) of the backbone's products on one image."""
     model = config.model
     dim, depth, _ = width_depth_heads(model)
     second_in, first_out = ffn_widths(config)
-    patches = (size // model.patch) ** 2
-    tokens = patches + 1 + model.registers
+    patches, tokens = (size // model.patch) ** 2, tokens_of(config, size)
     per_block = 2 * tokens * (4 * dim * dim + dim * first_out + second_in * dim) + 4 * tokens * tokens * dim
     return 2 * patches * 3 * model.patch**2 * dim + depth * per_block * (1 - drop)
 
@@ -82,7 +86,8 @@ def masked_patches(config: Config) -> float:
 def step_flops_per_image(config: Config) -> float:
     """Return the useful operations of one training step per image: teacher forward, student forward and backward.
 
-    Stochastic depth counts as executed. A backward pass is two forward passes.
+    Stochastic depth counts as executed. A backward pass is two forward passes. The last block's feed-forward part sees
+    only the tokens that a head reads.
     """
     crops, dim = config.crops, width_depth_heads(config.model)[0]
     drop = config.model.drop_path
@@ -96,6 +101,10 @@ def step_flops_per_image(config: Config) -> float:
         + masked * ibot
     )
     teacher = 2 * forward_flops(config, crops.global_size) + 2 * dino + masked * ibot
+    large, small = (tokens_of(config, size) for size in (crops.global_size, crops.local_size))
+    per_token = 2 * dim * sum(ffn_widths(config))
+    teacher -= per_token * (2 * large - (2 + masked))
+    student -= per_token * ((1 - drop) * (2 * large + crops.local_number * small) - (2 + crops.local_number + masked))
     return teacher + 3 * student
 
 

@@ -55,7 +55,8 @@ def _moments(config: Config, processes: int, kind: str) -> list[Footprint]:
     """Return the moments of a step at which a rank may hold most.
 
     Sinkhorn's targets; and of the last microbatch, when the gradients of the others have been added up, the end of the
-    forward pass, and of the backward pass each loss, each head's prototypes, the last block, the end.
+    forward pass, and of the backward pass each loss, each head's prototypes, the last attention branch, the one before
+    it (the last feed-forward branch sees few tokens), the end.
     """
     microbatches, depth = microbatches_per_rank(config, processes), width_depth_heads(config.model)[1]
     shards, shares = max(1, processes // config.parallel.replicate), state_shares(config, processes)
@@ -117,14 +118,19 @@ def _moments(config: Config, processes: int, kind: str) -> list[Footprint]:
             )
         )
         waiting += _prototype_bytes(head, size)
-    moments.append(
-        replace(
-            usual,
-            gradients=whole or sum(units[name] for name in heads) * BYTES_PER_WEIGHT["gradients"] // shards,
-            gathered=usual.gathered + (0 if kept else ahead * gathered["block"]),
-            working=_block_working(config, kind) + max(reduced[name] for name in heads),
-        )
+    shares_of = [units[name] * BYTES_PER_WEIGHT["gradients"] // shards for name in (*heads, "block")]
+    at_blocks = replace(
+        usual,
+        gradients=whole or sum(shares_of[:-1]),
+        gathered=usual.gathered + (0 if kept else ahead * gathered["block"]),
     )
+    working = _attention_backward_bytes(config, kind, depth - 1) + max(reduced[name] for name in heads)
+    moments.append(replace(at_blocks, working=working))
+    if depth > 1:
+        activations = at_blocks.activations - _kept_by_last_block(config, kind)
+        working = _feed_forward_backward_bytes(config, kind, depth - 2) + reduced["block"]
+        gradients = whole or sum(shares_of)
+        moments.append(replace(at_blocks, gradients=gradients, activations=activations, working=working))
     moments.append(replace(usual, gradients=max(whole, shares["gradients"]), activations=0))
     return moments
 
@@ -192,8 +198,8 @@ def activation_bytes(config: Config, kind: str) -> int:
     per_block = sum(_kept_by_block(config, kind, count, length) for count, length in groups)
     whole = size * dim * sum(count * length for count, length in groups)
     every = CHECKPOINTED[config.parallel.activation_checkpointing]
-    recomputed = -(-depth // every) if every else 0
-    blocks = (depth - recomputed) * per_block + recomputed * whole
+    recomputed = -(-(depth - 1) // every) if every else 0
+    blocks = (depth - 1 - recomputed) * per_block + recomputed * whole + _kept_by_last_block(config, kind)
     pixels = sum(count * 3 * side**2 for count, side in _crops(config))
     return blocks + size * pixels
 
@@ -215,35 +221,73 @@ def _kept_by_block(config: Config, kind: str, count: int, length: int) -> int:
     return values * size
 
 
-def _block_working(config: Config, kind: str) -> int:
-    """Return what the backward pass of one block needs beside what was kept, recomputed layers included."""
+def _kept_by_last_block(config: Config, kind: str) -> int:
+    """Return what the last block keeps, whose feed-forward branch sees only the tokens that a head reads."""
+    dim, depth, _ = width_depth_heads(config.model)
+    size = BYTES[config.train.precision]
+    if _recomputed(config, depth - 1):
+        return size * dim * sum(count * length for count, length in _groups(config))
+    return _computed_by_last_block(config, kind)
+
+
+def _computed_by_last_block(config: Config, kind: str) -> int:
+    dim = width_depth_heads(config.model)[0]
+    read = config.train.microbatch * (2 + config.crops.local_number + masked_patches(config))
+    left_out = sum(count * length for count, length in _kept_groups(config)) - int(read)
+    whole = sum(_kept_by_block(config, kind, count, length) for count, length in _groups(config))
+    return whole - BYTES[config.train.precision] * left_out * (dim + ffn_widths(config)[1])
+
+
+def _recomputed(config: Config, block: int) -> bool:
+    every = CHECKPOINTED[config.parallel.activation_checkpointing]
+    return every > 0 and block % every == 0
+
+
+def _attention_backward_bytes(config: Config, kind: str, block: int) -> int:
+    """Return what the last block's attention needs in the backward pass beside what was kept."""
+    dim = width_depth_heads(config.model)[0]
+    size, tokens = BYTES[config.train.precision], sum(count * length for count, length in _kept_groups(config))
+    # The gradients of the branch's weights, summed over the parts, and of the other's.
+    of_weights = size * dim * sum(ffn_widths(config)) + _wide(config, kind) * 4 * dim**2 + size * dim**2
+    working = size * (_attention_working(config, kind) + tokens * dim) + of_weights
+    again = _computed_by_last_block(config, kind) if _recomputed(config, block) else 0
+    return int(working + _stream_bytes(config)) + again
+
+
+def _feed_forward_backward_bytes(config: Config, kind: str, block: int) -> int:
+    """Return what a feed-forward branch needs in the backward pass beside what was kept, recomputed layers included."""
     dim = width_depth_heads(config.model)[0]
     second_in, hidden = ffn_widths(config)
-    size, drop = BYTES[config.train.precision], config.model.drop_path
-    everything = sum(count * length for count, length in _groups(config))
-    tokens = sum(count * length for count, length in _kept_groups(config))
+    size, tokens = BYTES[config.train.precision], sum(count * length for count, length in _kept_groups(config))
     some = min(tokens, _rows_at_a_time(config)) if kind == "cpu" else tokens
     # Sums of the weights' gradients over the parts, and the weights times LayerScale.
-    wide = max(size, 4) if some < tokens else size
+    wide = _wide(config, kind)
     of_first, of_second = wide * dim * hidden, wide * dim * second_in + size * dim * second_in
     # The gradient by the activation, whose place the one before it takes; SwiGLU has both halves and their whole beside
     # it. Then the norm's gradients.
     gated = 3 * second_in if second_in != hidden else 0
-    feed_forward = max(
+    working = max(
         size * some * (gated + hidden) + of_second + (of_first if some < tokens else 0),
         size * some * (hidden + 3 * dim) + of_second + of_first,
     )
-    # What the feed-forward branch had kept is gone by the other's turn.
-    attention = size * (_attention_working(config, kind) - tokens * hidden)
-    attention += size * dim * (second_in + hidden) + wide * 4 * dim**2 + size * dim**2
-    working = size * tokens * dim + max(feed_forward, attention)
-    stream = size * dim * (everything + (tokens if drop > 0 else 0))
-    every = CHECKPOINTED[config.parallel.activation_checkpointing]
-    # Where the last block is not recomputed, the first that is takes the place of what the last one kept.
-    again = 0
-    if every and (width_depth_heads(config.model)[1] - 1) % every == 0:
-        again = sum(_kept_by_block(config, kind, count, length) for count, length in _groups(config))
-    return int(working + stream) + again
+    groups = _groups(config)
+    again = sum(_kept_by_block(config, kind, *group) for group in groups) if _recomputed(config, block) else 0
+    return int(working + size * tokens * dim + _stream_bytes(config)) + again
+
+
+def _stream_bytes(config: Config) -> int:
+    """Return the gradient in a block's output, and in what its branch saw of it."""
+    dim, size = width_depth_heads(config.model)[0], BYTES[config.train.precision]
+    tokens = sum(count * length for count, length in _groups(config))
+    if config.model.drop_path > 0:
+        tokens += sum(count * length for count, length in _kept_groups(config))
+    return size * dim * tokens
+
+
+def _wide(config: Config, kind: str) -> int:
+    """Return the bytes of a number in a sum over parts of the rows."""
+    size, tokens = BYTES[config.train.precision], sum(count * length for count, length in _kept_groups(config))
+    return max(size, 4) if kind == "cpu" and _rows_at_a_time(config) < tokens else size
 
 
 def _attention_working(config: Config, kind: str) -> int:

@@ -110,6 +110,40 @@ def test_all_sequences_kept_equals_no_plan() -> None:
     torch.testing.assert_close(with_plan, without)
 
 
+@pytest.mark.parametrize("drop", [0.0, 0.5])
+@pytest.mark.parametrize("backend", ["math", "sdpa"])
+def test_chosen_rows_are_those_of_the_whole_with_its_gradients(drop: float, backend: str) -> None:
+    """Of the last block's feed-forward branch nothing else is computed."""
+    torch.manual_seed(0)
+    model = tiny_backbone().double()
+    model.set_attention_backend(backend)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.uniform_(parameter, 0.5, 1.5) if "gamma" in name else None
+    crops = [tiny_images(4).double(), tiny_images(2).double()[:, :, :8, :8]]
+    layout = model.layout_of(crops)
+    plan = draw_plan(layout, len(model.blocks), drop, np.random.default_rng(0))
+    assert (plan is None) == (drop == 0)
+    rows = torch.tensor([0, 17, 20, 34, 51, 52, 67, 68, layout.total_tokens - 1])
+    weights = torch.randn(len(rows), model.embed_dim, dtype=torch.float64)
+    found = []
+    for chosen in (True, False):
+        out, _ = model.forward_packed(crops, [None, None], plan, rows if chosen else None)
+        out = out if chosen else out.index_select(0, rows)
+        gradients = torch.autograd.grad((out * weights).sum(), list(model.blocks.parameters()))
+        found.append([out.detach(), *gradients])
+    for mine, whole in zip(*found, strict=True):
+        torch.testing.assert_close(mine, whole, rtol=1e-10, atol=1e-10)
+
+
+def test_the_last_feed_forward_branch_sees_the_rows_that_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = tiny_backbone(), []
+    for block in model.blocks:
+        branch = block._ffn_branch  # type: ignore[operator, union-attr]
+        monkeypatch.setattr(block, "_ffn_branch", lambda x, layout, b=branch: seen.append(len(x)) or b(x, layout))
+    model.forward_packed([tiny_images(3)], [None], rows=torch.tensor([0, 5, 40]))
+    assert seen == [51] * (len(model.blocks) - 1) + [3]
+
+
 def test_the_gradient_is_that_of_finite_differences() -> None:
     layout = Layout(((4, 2),))
     plan = draw_plan(layout, 1, 0.5, np.random.default_rng(0))

@@ -10,7 +10,7 @@ from dinov2_fsdp.models.attention import Attention
 from dinov2_fsdp.models.frugal import feed_forward, norm_linear, scaled_linear
 from dinov2_fsdp.models.frugal_attention import attention_branch
 from dinov2_fsdp.models.layout import Layout
-from dinov2_fsdp.models.stochastic_depth import Subset, add_residual
+from dinov2_fsdp.models.stochastic_depth import Subset, add_residual, add_residual_to
 
 LAYER_NORM_EPS = 1e-6
 
@@ -74,10 +74,20 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
 
     def forward(
-        self, tokens: Tensor, layout: Layout, attention_subset: Subset | None = None, ffn_subset: Subset | None = None
+        self,
+        tokens: Tensor,
+        layout: Layout,
+        attention_subset: Subset | None = None,
+        ffn_subset: Subset | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Return ``(total_tokens, dim)``; each branch runs on its subset of the sequences, or on all."""
+        """Return ``(total_tokens, dim)``; each branch runs on its subset of the sequences, or on all.
+
+        ``rows``: ``(chosen,)`` int64, the tokens to return, ``(chosen, dim)``; the feed-forward branch sees no other.
+        """
         tokens = add_residual(tokens, layout, self._attention_branch, attention_subset)
+        if rows is not None:
+            return add_residual_to(rows, tokens, layout, self._ffn_branch, ffn_subset)
         return add_residual(tokens, layout, self._ffn_branch, ffn_subset)
 
     def _attention_branch(self, tokens: Tensor, layout: Layout) -> Tensor:

@@ -83,6 +83,26 @@ def add_residual(
     return out
 
 
+def add_residual_to(
+    rows: Tensor,
+    tokens: Tensor,
+    layout: Layout,
+    branch: Callable[[Tensor, Layout], Tensor],
+    subset: Subset | None,
+) -> Tensor:
+    """Return the rows ``rows`` of what :func:`add_residual` gives, for a branch that acts on each row by itself.
+
+    The branch runs on these rows, also on those whose sequence it has dropped: how many that are, only the device
+    knows.
+    """
+    chosen = tokens.index_select(0, rows)
+    residual = branch(chosen, layout)
+    if subset is None:
+        return chosen + residual
+    scale = residual.new_zeros(len(tokens), 1).index_copy(0, subset.rows, subset.scale.to(residual.dtype))
+    return torch.addcmul(chosen, residual, scale.index_select(0, rows))
+
+
 class _AddToRows(torch.autograd.Function):
     """``tokens`` with ``residual · scale`` added to the rows ``kept``; autograd's own ways would keep the sums."""
 

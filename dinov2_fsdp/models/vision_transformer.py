@@ -103,6 +103,10 @@ class VisionTransformer(nn.Module):
         patch, prefix = self.patch_size, self.prefix_tokens
         return Layout(tuple((n, prefix + (h // patch) * (w // patch)) for n, h, w in sizes))
 
+    def layout_of(self, crops: Sequence[Tensor]) -> Layout:
+        """Return the packed layout of crops, one tensor ``(images, 3, height, width)`` per crop size."""
+        return self.layout([(crop.shape[0], crop.shape[2], crop.shape[3]) for crop in crops])
+
     def position_embedding(self, rows: int, columns: int) -> Tensor:
         """Return the position embedding of a ``rows × columns`` grid: ``(1, 1 + rows·columns, dim)`` float32."""
         return stretch_positions(self.pos_embed, rows, columns, self.interpolation)
@@ -128,18 +132,23 @@ class VisionTransformer(nn.Module):
         return tokens
 
     def forward_packed(
-        self, crops: Sequence[Tensor], masks: Sequence[Tensor | None], plan: DepthPlan | None = None
+        self,
+        crops: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        plan: DepthPlan | None = None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Layout]:
         """Return the last block's tokens before the final norm, packed ``(total_tokens, dim)``, and their layout.
 
         ``crops``: one tensor ``(images, 3, height, width)`` per crop size; ``masks``: one per crop size.
+        ``rows``: ``(chosen,)`` int64, the packed tokens to return, ``(chosen, dim)``, without what only others need.
         """
-        layout = self.layout([(crop.shape[0], crop.shape[2], crop.shape[3]) for crop in crops])
+        layout = self.layout_of(crops)
         groups = [self.embed(crop, mask).flatten(0, 1) for crop, mask in zip(crops, masks, strict=True)]
         tokens = torch.cat(groups) if len(groups) > 1 else groups[0]
         for index, block in enumerate(self.blocks):
             subsets = (plan.subset(2 * index), plan.subset(2 * index + 1)) if plan is not None else (None, None)
-            tokens = block(tokens, layout, *subsets)
+            tokens = block(tokens, layout, *subsets, rows if index == len(self.blocks) - 1 else None)
         return tokens, layout
 
     def forward_features(self, images: Tensor, masks: Tensor | None = None) -> dict[str, Tensor]:

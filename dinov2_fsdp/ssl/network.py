@@ -41,15 +41,17 @@ class Network(nn.Module):
             ``cls`` (crops, dim), normalised; ``dino`` (crops, prototypes); ``ibot`` (chosen, prototypes).
         """
         hidden = [masks, *[None] * (len(crops) - 1)]
-        tokens, layout = self.backbone.forward_packed(crops, hidden, plan)
+        layout = self.backbone.layout_of(crops)
         _, length = layout.groups[0]
         prefix = self.backbone.prefix_tokens
         patches = length - prefix
         crop = torch.div(masked_patches, patches, rounding_mode="floor")
         patch_rows = crop * length + prefix + masked_patches % patches
-        class_rows = layout.first_rows(tokens.device)
-        # The final norm acts row by row, so only the rows that a head reads pass through it.
-        rows = self.backbone.norm(tokens.index_select(0, torch.cat([class_rows, patch_rows])))
+        class_rows = layout.first_rows(masked_patches.device)
+        # Only the rows that a head reads pass through the last feed-forward branch and the final norm: each acts row by
+        # row.
+        chosen_rows = torch.cat([class_rows, patch_rows])
+        rows = self.backbone.norm(self.backbone.forward_packed(crops, hidden, plan, chosen_rows)[0])
         counts = [len(class_rows), len(patch_rows)]
         # A sharded module must not return views; nothing here is changed in place, so the parts need not be tracked.
         cls, chosen = torch.unsafe_split_with_sizes(rows, counts)

@@ -96,7 +96,7 @@ class SelfDistillation:
 
     def _depth_plan(self, batch: Microbatch, crops: list[Tensor]) -> DepthPlan | None:
         backbone = self.student.backbone
-        layout: Layout = backbone.layout([(len(crop), crop.shape[2], crop.shape[3]) for crop in crops])
+        layout: Layout = backbone.layout_of(crops)
         rng = generator(self.config.seed, "depth", batch.step, batch.index)
         plan = draw_plan(layout, len(backbone.blocks), self.config.model.drop_path, rng)
         return plan.to(crops[0].device) if plan is not None else None
