@@ -32,7 +32,7 @@ from dinov2_fsdp.data.batch import Microbatch
 from dinov2_fsdp.data.loader import build_loader
 from dinov2_fsdp.data.sources import open_source
 from dinov2_fsdp.models.initialise import initialise
-from dinov2_fsdp.models.products import linear
+from dinov2_fsdp.models.products import by_onednn, linear
 from dinov2_fsdp.parallel.place import place_from_environment
 from dinov2_fsdp.parallel.sharding import build_networks
 from dinov2_fsdp.parallel.world import end_world, start_world
@@ -154,12 +154,13 @@ def seconds_of(product: Product, device: torch.device) -> float:
     """Return how long the product takes by itself, seconds, by the faster of the libraries that the model may use."""
     left, right = product.operands(device)
     multiply: Callable[..., Tensor] = torch.bmm if left.dim() == 3 else torch.mm
-    # Into the same memory every time: what it costs to obtain new memory is the step's, not the product's.
+    # Into the same memory every time: what it costs to obtain new memory is the step's, not the product's. oneDNN can
+    # not be told where to.
     out = multiply(left, right)
     ways: list[Callable[[], object]] = [lambda: multiply(left, right, out=out)]
-    if left.dim() == 2:
-        ways.append(lambda: linear(left, right.t()))
     with torch.no_grad():
+        if by_onednn(left, right.t()):
+            ways.append(lambda: linear(left, right.t()))
         return min(_repeated(way, device) for way in ways)
 
 

@@ -1,8 +1,8 @@
 """What a step holds in memory and sends between ranks, estimated before it starts. No torch.
 
-The formulas follow what the code keeps: :mod:`dinov2_fsdp.models.frugal` for the layers, :mod:`dinov2_fsdp.ssl.losses`
-for the logits, FSDP's units for gathered weights. The tests hold them against what autograd keeps in a real step, and
-against a whole step of 128 ranks traced on one (``benchmarks/scale.py``).
+The formulas follow what the code keeps: :mod:`dinov2_fsdp.models.frugal` and its neighbour for the branches,
+:mod:`dinov2_fsdp.ssl.losses` for the logits, FSDP's units for gathered weights. The tests hold them against what autograd
+keeps in a real step, and against a whole step of 128 ranks traced on one (``benchmarks/scale.py``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ MATH_LONGEST = 512
 LOGITS_AT_A_TIME = {"cpu": 2**18, "cuda": 2**25}
 """As in :mod:`dinov2_fsdp.ssl.losses`: logits of which float32 copies exist."""
 ROWS_AT_A_TIME = 512
-"""As in :mod:`dinov2_fsdp.models.frugal`: tokens that each thread of a CPU activates at a time."""
+"""As in :mod:`dinov2_fsdp.models.frugal`: tokens that each thread of a CPU takes through a branch at a time."""
+WEIGHTS_AT_A_TIME = 2**20
+"""As in :mod:`dinov2_fsdp.models.plain_attention`: softmax weights that each thread of a CPU computes at a time."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +126,11 @@ def _moments(config: Config, processes: int, kind: str) -> list[Footprint]:
         gradients=whole or sum(shares_of[:-1]),
         gathered=usual.gathered + (0 if kept else ahead * gathered["block"]),
     )
-    working = _attention_backward_bytes(config, kind, depth - 1) + max(reduced[name] for name in heads)
+    working = _last_attention_backward_bytes(config, kind) + max(reduced[name] for name in heads)
     moments.append(replace(at_blocks, working=working))
     if depth > 1:
         activations = at_blocks.activations - _kept_by_last_block(config, kind)
-        working = _feed_forward_backward_bytes(config, kind, depth - 2) + reduced["block"]
+        working = _feed_forward_backward_bytes(config, kind) + reduced["block"]
         gradients = whole or sum(shares_of)
         moments.append(replace(at_blocks, gradients=gradients, activations=activations, working=working))
     moments.append(replace(usual, gradients=max(whole, shares["gradients"]), activations=0))
@@ -243,20 +245,20 @@ def _recomputed(config: Config, block: int) -> bool:
     return every > 0 and block % every == 0
 
 
-def _attention_backward_bytes(config: Config, kind: str, block: int) -> int:
+def _last_attention_backward_bytes(config: Config, kind: str) -> int:
     """Return what the last block's attention needs in the backward pass beside what was kept."""
-    dim = width_depth_heads(config.model)[0]
+    dim, depth, _ = width_depth_heads(config.model)
     size, tokens = BYTES[config.train.precision], sum(count * length for count, length in _kept_groups(config))
     # The gradients of the branch's weights, summed over the parts, and of the other's.
     of_weights = size * dim * sum(ffn_widths(config)) + _wide(config, kind) * 4 * dim**2 + size * dim**2
     working = size * (_attention_working(config, kind) + tokens * dim) + of_weights
-    again = _computed_by_last_block(config, kind) if _recomputed(config, block) else 0
+    again = _computed_by_last_block(config, kind) if _recomputed(config, depth - 1) else 0
     return int(working + _stream_bytes(config)) + again
 
 
-def _feed_forward_backward_bytes(config: Config, kind: str, block: int) -> int:
-    """Return what a feed-forward branch needs in the backward pass beside what was kept, recomputed layers included."""
-    dim = width_depth_heads(config.model)[0]
+def _feed_forward_backward_bytes(config: Config, kind: str) -> int:
+    """Return what the last feed-forward branch but one needs in the backward pass beside what was kept."""
+    dim, depth, _ = width_depth_heads(config.model)
     second_in, hidden = ffn_widths(config)
     size, tokens = BYTES[config.train.precision], sum(count * length for count, length in _kept_groups(config))
     some = min(tokens, _rows_at_a_time(config)) if kind == "cpu" else tokens
@@ -271,7 +273,7 @@ def _feed_forward_backward_bytes(config: Config, kind: str, block: int) -> int:
         size * some * (hidden + 3 * dim) + of_second + of_first,
     )
     groups = _groups(config)
-    again = sum(_kept_by_block(config, kind, *group) for group in groups) if _recomputed(config, block) else 0
+    again = sum(_kept_by_block(config, kind, *group) for group in groups) if _recomputed(config, depth - 2) else 0
     return int(working + size * tokens * dim + _stream_bytes(config)) + again
 
 
@@ -294,9 +296,15 @@ def _attention_working(config: Config, kind: str) -> int:
     """Return the numbers that the backward pass of an attention branch works with, but for the weights' gradients."""
     dim, _, heads = width_depth_heads(config.model)
     groups = _kept_groups(config)
-    if kind != "cpu" or not all(_plain_attention(config, kind) and length <= MATH_LONGEST for _, length in groups):
-        # Gradients of the attention's output, of queries, keys and values.
-        return sum(count * length for count, length in groups) * 4 * dim
+    plain = [_plain_attention(config, kind) and length <= MATH_LONGEST for _, length in groups]
+    if kind != "cpu" or not all(plain):
+        # Gradients of the attention's output, of queries, keys and values; and of softmax weights and scores.
+        weights = 0
+        for (count, length), is_plain in zip(groups, plain, strict=True):
+            one = heads * length**2
+            few = max(1, WEIGHTS_AT_A_TIME * max(1, config.parallel.threads) // one) if kind == "cpu" else count
+            weights = max(weights, min(count, few) * one * is_plain)
+        return sum(count * length for count, length in groups) * 4 * dim + 2 * weights
     # Beside them, for a few sequences, those of the softmax weights and scores, of the norm and what is before it.
     most = 0
     for count, length in groups:

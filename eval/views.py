@@ -34,7 +34,7 @@ def attention_maps(model: nn.Module, crops: NDArray[np.uint8], size: int, device
     forward = frozen(model, size, device)
     caught: list[Tensor] = []
     block: Any = model.blocks[-1]  # type: ignore[index]
-    handle = block.norm1.register_forward_hook(lambda _module, _inputs, output: caught.append(output))
+    handle = block.register_forward_pre_hook(lambda _module, inputs: caught.append(inputs[0]))
     side, prefix = size // int(model.patch_size), int(model.prefix_tokens)  # type: ignore[arg-type]
     maps = []
     try:
@@ -42,7 +42,7 @@ def attention_maps(model: nn.Module, crops: NDArray[np.uint8], size: int, device
             for crop in crops:
                 caught.clear()
                 forward(normalise(torch.from_numpy(crop[None]).to(device)))
-                weights = block.attn.attention_map(caught[0][None])[0, :, 0, prefix:]
+                weights = block.attn.attention_map(block.norm1(caught[0])[None])[0, :, 0, prefix:]
                 maps.append(weights.float().cpu().numpy().reshape(-1, side, side))
     finally:
         handle.remove()

@@ -15,7 +15,7 @@ from dinov2_fsdp.counts import count_parameters, masked_patches
 from dinov2_fsdp.data.loader import build_loader
 from dinov2_fsdp.data.sources import open_source
 from dinov2_fsdp.footprint import activation_bytes, footprint, logits_bytes, traffic, ways_to_fit
-from dinov2_fsdp.models import attention, frugal
+from dinov2_fsdp.models import attention, frugal, plain_attention
 from dinov2_fsdp.models.initialise import initialise
 from dinov2_fsdp.planner import plan
 from dinov2_fsdp.ssl import losses
@@ -99,6 +99,7 @@ def test_plain_attention_ends_at_the_same_length_here_and_in_the_model() -> None
 def test_what_is_computed_at_a_time_is_the_same_here_and_in_the_model() -> None:
     assert footprint_module.LOGITS_AT_A_TIME == losses.CHUNK
     assert footprint_module.ROWS_AT_A_TIME == frugal.CACHED_ROWS
+    assert footprint_module.WEIGHTS_AT_A_TIME == plain_attention.CACHED
 
 
 def test_attention_weights_are_kept_by_plain_attention_alone() -> None:

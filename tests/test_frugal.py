@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov2_fsdp.models import frugal, frugal_attention, products
 from dinov2_fsdp.models.block import Block
@@ -162,7 +164,7 @@ def test_a_block_takes_the_branch_that_goes_a_few_sequences_at_a_time(monkeypatc
 
 
 def test_all_sequences_are_taken_once_each_and_a_few_at_a_time() -> None:
-    parts = list(frugal_attention._parts(LAYOUT))
+    parts = list(frugal_attention._few_sequences(LAYOUT))
     assert [row for rows, _ in parts for row in range(rows.start, rows.stop)] == list(range(LAYOUT.total_tokens))
     for rows, sequences in parts:
         length = 8 if rows.start < 16 else 3
@@ -264,26 +266,128 @@ def test_a_block_compiles_as_a_whole(ffn: str) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-def test_frozen_weights_get_no_gradient_and_what_is_before_them_does(plain: Callable[[], None]) -> None:
-    norm, first, second, gamma = layers()
-    for layer in (norm, first, second):
-        layer.requires_grad_(False)
+@pytest.mark.parametrize(
+    "frozen", [("norm",), ("first",), ("second",), ("first", "second"), ("norm", "first", "second")]
+)
+@pytest.mark.parametrize("branch", ["feed forward", "attention"])
+def test_frozen_weights_get_no_gradient_and_the_others_theirs(branch: str, frozen: tuple[str, ...]) -> None:
+    """Whichever way is taken; what is expected is written out here."""
+    norm, first, second, gamma = layers() if branch == "feed forward" else attention_layers()
+    named = {"norm": norm, "first": first, "second": second}
+    for name in frozen:
+        named[name].requires_grad_(False)
+    block = Block(DIM, HEADS, WIDTH, "mlp", layer_scale=True)
+    block.norm1, block.attn.qkv, block.attn.proj, block.ls1.gamma = norm, first, second, gamma
+    block.attn.backend = "math"
+
+    def mine(x: Tensor) -> Tensor:
+        if branch == "attention":
+            return block._attention_branch(x, LAYOUT)
+        return feed_forward(x, norm, first, "swiglu", second, gamma)
+
+    def expected(x: Tensor) -> Tensor:
+        hidden = F.linear(F.layer_norm(x, (DIM,), norm.weight, norm.bias), first.weight, first.bias)
+        if branch == "attention":
+            hidden = attend_plainly(hidden.unflatten(-1, (3, HEADS, -1)), LAYOUT).flatten(1)
+        else:
+            hidden = F.silu(hidden[:, :WIDTH]) * hidden[:, WIDTH:]
+        return F.linear(hidden, second.weight, second.bias) * gamma
+
+    start, found = torch.randn(LAYOUT.total_tokens, DIM).double(), []
+    weights = torch.randn(LAYOUT.total_tokens, DIM).double()
+    for run in (mine, expected):
+        rows = start.clone().requires_grad_()
+        (run(rows) * weights).sum().backward()
+        assert all((p.grad is None) == (name in frozen) for name, layer in named.items() for p in layer.parameters())
+        found.append([rows.grad, *(p.grad for p in everything(*named.values(), gamma=gamma) if p.grad is not None)])
+        for parameter in everything(*named.values(), gamma=gamma):
+            parameter.grad = None
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("branch", ["feed forward", "attention"])
+def test_branches_in_fp32_are_those_of_the_plain_modules(branch: str, plain: Callable[[], None]) -> None:
+    torch.manual_seed(0)
+    block = Block(DIM, HEADS, WIDTH, "mlp", layer_scale=True)
+    for name, parameter in block.named_parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5) if "gamma" in name else None
+    block.attn.backend = "math"
+    parameters = [p for n, p in block.named_parameters() if ("attn" in n or "1" in n[:5]) == (branch == "attention")]
+    parameters = [p for p in parameters if p.requires_grad]
 
     def run(x: Tensor) -> Tensor:
-        hidden = norm_linear(x, norm, first)
-        return feed_forward(x, norm, first, "swiglu", second, gamma) + scaled_linear(hidden[:, :WIDTH], second, gamma)
+        return block._attention_branch(x, LAYOUT) if branch == "attention" else block._ffn_branch(x, LAYOUT)
 
-    rows = torch.randn(ROWS, DIM, dtype=torch.float64)
-    found = gradients(run, rows, [gamma])
-    assert second.weight.grad is None
+    rows = torch.randn(LAYOUT.total_tokens, DIM)
+    found = gradients(run, rows, parameters)
+    run(rows.requires_grad_()).sum().backward()  # its gradient is one number, expanded
     plain()
-    for mine, theirs in zip(found, gradients(run, rows, [gamma]), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+    for own, other in zip(found, gradients(run, rows.detach(), parameters), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+
+
+class Called(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_onednn_multiplies_in_fp32_where_the_processor_has_wide_registers() -> None:
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    for dtype, expected in ((torch.float32, wide), (torch.bfloat16, False), (torch.float64, False)):
+        with torch.no_grad(), Called() as called:
+            products.linear(torch.randn(5, 4, dtype=dtype), torch.randn(3, 4, dtype=dtype))
+        assert ("_linear_pointwise" in called.names) == expected
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), Called() as called:
+        products.linear(torch.randn(5, 4), torch.randn(3, 4))
+    assert "_linear_pointwise" not in called.names
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_without_gradients_nothing_is_kept(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that could be trained do not say that they are."""
+    kept, block = [], Block(DIM, HEADS, WIDTH, "mlp", layer_scale=True)
+    block.attn.backend = "math"
+    for kind in (frugal._FeedForward, frugal_attention._AttentionBranch):
+        forward = kind.forward
+
+        def recorded(ctx: Any, *inputs: Any, forward: Any = forward) -> Tensor:
+            kept.append(inputs[-1])
+            return forward(ctx, *inputs)
+
+        monkeypatch.setattr(kind, "forward", staticmethod(recorded))
+    with torch.set_grad_enabled(grad):
+        block(torch.randn(LAYOUT.total_tokens, DIM), LAYOUT)
+    assert kept == [grad, grad]
+
+
+def test_a_compiled_block_takes_any_number_of_chosen_rows() -> None:
+    torch._dynamo.reset()
+    block = Block(16, 2, 64, "mlp", layer_scale=True)
+    block.attn.backend = "math"
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, backend=counter, dynamic=True)
+    tokens, layout = torch.randn(2 * 9, 16), Layout(((2, 9),))
+    for count in (5, 7, 8, 11, 13):
+        rows = torch.arange(count)
+        torch.testing.assert_close(compiled(tokens, layout, None, None, rows), block(tokens, layout)[:count])
+    assert counter.frame_count <= 2
 
 
 def test_no_rows_are_no_rows() -> None:
     norm, first, second, gamma = layers()
     rows = torch.empty(0, DIM, dtype=torch.float64)
-    assert feed_forward(rows, norm, first, "swiglu", second, gamma).shape == (0, DIM)
+    found = gradients(
+        lambda x: feed_forward(x, norm, first, "swiglu", second, gamma),
+        rows,
+        everything(norm, first, second, gamma=gamma),
+    )
+    assert found[0].shape == (0, DIM)
+    assert all(not gradient.any() for gradient in found[1:])
     with torch.no_grad():
         assert products.linear(torch.empty(0, 4), torch.ones(3, 4)).shape == (0, 3)

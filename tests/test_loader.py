@@ -258,7 +258,7 @@ class Broken:
 
 
 @pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "reset"), FileNotFoundError(2, "gone")])
-def test_a_worker_that_dies_while_it_hands_over_is_named(error: Exception) -> None:
+def test_a_worker_that_dies_while_it_hands_over_is_named(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection breaks first; only some time later does the worker count as dead."""
     dies, lives = (multiprocessing.Process(target=time.sleep, args=(seconds,)) for seconds in (0.3, 60))
     loader = load(one_image_each(workers=0), Scenes(), 1)
@@ -269,6 +269,7 @@ def test_a_worker_that_dies_while_it_hands_over_is_named(error: Exception) -> No
         with pytest.raises(RunFailed, match=rf"a data worker died: DataLoader worker \(pid {dies.pid}\) ended"):
             next(loader)
         loader._items[0] = Broken(error, lives)
+        monkeypatch.setattr("dinov2_fsdp.data.loader.DYING", 0.1)
         with pytest.raises(type(error)):
             next(loader)
     finally:

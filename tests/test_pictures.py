@@ -224,7 +224,7 @@ def test_attention_is_that_of_the_class_token_in_the_last_block(registers: int) 
     weights = torch.einsum("bhd,bkhd->bhk", query[:, 0], key) / 8**0.5
     expected = weights.softmax(dim=-1)[..., 1 + registers :].unflatten(-1, (4, 4))
     np.testing.assert_allclose(found, expected.numpy(), rtol=1e-4, atol=1e-6)
-    assert not block.norm1._forward_hooks
+    assert not block._forward_pre_hooks
 
 
 def test_attention_is_drawn_for_every_image_and_head(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from dinov2_fsdp.models.products import linear
 ACTIVATIONS = ("gelu", "swiglu")
 
 CACHED_ROWS = 512
-"""Tokens that each thread of a CPU takes through a feed-forward layer at a time."""
+"""Tokens that each thread of a CPU takes through a branch at a time."""
 
 
 def norm_linear(tokens: Tensor, norm: nn.LayerNorm, after: nn.Linear) -> Tensor:
@@ -60,7 +60,7 @@ def feed_forward(
         out: Tensor = second(activate(first(norm(tokens)), activation))
         return out if gamma is None else out * gamma
     layers = (norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias, gamma)
-    out = _FeedForward.apply(tokens, *layers, activation, norm.eps)
+    out = _FeedForward.apply(tokens, *layers, activation, norm.eps, keeps(first))
     return out
 
 
@@ -73,13 +73,28 @@ def activate(hidden: Tensor, activation: str) -> Tensor:
 
 
 def applies(rows: Tensor, *layers: nn.Linear) -> bool:
-    """Return whether layers may run as here and not as plain modules: in one type, all of them trained or nothing."""
+    """Return whether layers may run as here, not as plain modules: in the rows' type, all trained or nothing."""
     trained = [layer.weight.requires_grad for layer in layers]
     return (
-        rows.dtype == layers[0].weight.dtype != torch.float16
+        rows.dtype != torch.float16
+        and all(layer.weight.dtype == rows.dtype for layer in layers)
         and not torch.is_autocast_enabled(rows.device.type)
         and (not torch.is_grad_enabled() or all(trained) or not (any(trained) or rows.requires_grad))
     )
+
+
+def keeps(*layers: nn.Linear) -> bool:
+    """Return whether a backward pass may follow; that a weight is trained does not say so."""
+    return torch.is_grad_enabled() and all(layer.weight.requires_grad for layer in layers)
+
+
+def put(part: Tensor, rows: slice, whole: Tensor, like: Tensor, parts: int) -> Tensor:
+    """Return ``whole`` with ``part`` in these rows: new memory as ``like`` if it is empty, none for a single part."""
+    if parts == 1:
+        return part
+    whole = whole if whole.numel() else torch.empty_like(like)
+    whole[rows] = part
+    return whole
 
 
 def in_weights(weight: Tensor, bias: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -150,18 +165,18 @@ class _FeedForward(torch.autograd.Function):
         gamma: Tensor | None,
         activation: str,
         eps: float,
+        keep: bool,
     ) -> Tensor:
-        ctx.activation, ctx.eps = activation, eps
-        keep = any(ctx.needs_input_grad)
+        ctx.activation, ctx.eps, ctx.slices = activation, eps, _slices(tokens)
         weight, bias = in_weights(weight2, bias2, gamma)
-        outs, kept = [], []
-        for some in _slices(tokens):
+        out, kept = torch.empty(0), []
+        for some in ctx.slices:
             normed, mean, scale = torch.native_layer_norm(tokens[some], [tokens.shape[-1]], norm_weight, norm_bias, eps)
             hidden = linear(normed, weight1, bias1)
-            outs.append(linear(activate(hidden, activation), weight, bias))
+            out = put(linear(activate(hidden, activation), weight, bias), some, out, tokens, len(ctx.slices))
             kept += [hidden, mean, scale] if keep else []
         ctx.save_for_backward(tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept)
-        return torch.cat(outs) if len(outs) > 1 else outs[0]
+        return out
 
     @staticmethod
     @once_differentiable
@@ -169,15 +184,16 @@ class _FeedForward(torch.autograd.Function):
         tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept = ctx.saved_tensors
         shape = [tokens.shape[-1]]
         scaled = weight2 if gamma is None else weight2 * gamma[:, None]
-        of_tokens = torch.empty_like(tokens)
-        slices = _slices(tokens)
-        # Transposed, so that both have their longer side first: the faster way in bf16.
+        of_tokens = torch.empty(0)
+        slices = ctx.slices
         of_weight1, of_scaled = (Sum(len(slices)) for _ in range(2))
+        # On a CPU, products whose result has its longer side first are faster.
+        turned = len(slices) > 1
         of_bias1, of_bias2, of_norm_weight, of_norm_bias = (Sum(len(slices)) for _ in range(4))
         for i, some in enumerate(slices):
             hidden, mean, scale = kept[3 * i : 3 * i + 3]
             activated = activate(hidden, ctx.activation)
-            of_scaled.add_product(activated, grad[some])
+            of_scaled.add_product(*((activated, grad[some]) if turned else (grad[some], activated)))
             del activated
             of_bias2.add(grad[some].sum(0))
             of_hidden = _activate_backward(linear(grad[some], scaled.t()), hidden, ctx.activation)
@@ -188,13 +204,14 @@ class _FeedForward(torch.autograd.Function):
             found, *of_norm = torch.ops.aten.native_layer_norm_backward(
                 linear(of_hidden, weight1.t()), tokens[some], shape, mean, scale, norm_weight, norm_bias, [True] * 3
             )
-            of_tokens[some] = found
+            of_tokens = put(found, some, of_tokens, tokens, len(slices))
             of_norm_weight.add(of_norm[0])
             of_norm_bias.add(of_norm[1])
         dtype = weight1.dtype
-        of_second = of_layer_scale(of_scaled.total.t(), of_bias2.total, weight2, bias2, gamma)
+        of_scaled_weight = of_scaled.total.t().contiguous() if turned else of_scaled.total
+        of_second = of_layer_scale(of_scaled_weight, of_bias2.total, weight2, bias2, gamma)
         of_first = (of.total.to(dtype) for of in (of_norm_weight, of_norm_bias, of_weight1, of_bias1))
-        return of_tokens, *of_first, *of_second, None, None
+        return of_tokens, *of_first, *of_second, None, None, None
 
 
 class Sum:
@@ -236,8 +253,8 @@ def rows_at_a_time() -> int:
 
 def _slices(rows: Tensor) -> list[slice]:
     """Return parts of about equal size, of so many rows that what is computed of them stays in a CPU's cache."""
-    # A compiler has its own ways, and would unroll the loop.
-    few = rows.device.type == "cpu" and not torch.compiler.is_compiling()
-    most = rows_at_a_time() if few else max(1, len(rows))
-    size = max(1, -(-len(rows) // max(1, -(-len(rows) // most))))
-    return [slice(start, start + size) for start in range(0, len(rows), size)] or [slice(0, 0)]
+    if rows.device.type != "cpu" or torch.compiler.is_compiling():
+        # A compiler has its own ways, would unroll the loop, and settle on this number of rows.
+        return [slice(None)]
+    size = max(1, -(-len(rows) // max(1, -(-len(rows) // rows_at_a_time()))))
+    return [slice(start, start + size) for start in range(0, len(rows), size)] or [slice(None)]

@@ -20,7 +20,8 @@ from dinov2_fsdp.models.layout import Layout
 from dinov2_fsdp.models.plain_attention import attend_parts, attend_parts_backward, by_head, queries_keys_values
 from dinov2_fsdp.models.products import linear
 
-_PARTS = 5
+_KEPT_EACH = 5
+"""Tensors that are kept of a few sequences."""
 
 
 def attention_branch(
@@ -38,7 +39,7 @@ def attention_branch(
         gamma: ``(dim,)`` of LayerScale (arXiv 2103.17239), or None for none.
     """
     layers = (norm.weight, norm.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, gamma)
-    out: Tensor = _AttentionBranch.apply(tokens, *layers, layout, heads, norm.eps)
+    out: Tensor = _AttentionBranch.apply(tokens, *layers, layout, heads, norm.eps, frugal.keeps(qkv, proj))
     return out
 
 
@@ -47,7 +48,7 @@ def applies(tokens: Tensor, qkv: nn.Linear, proj: nn.Linear) -> bool:
     return tokens.device.type == "cpu" and not torch.compiler.is_compiling() and frugal.applies(tokens, qkv, proj)
 
 
-def _parts(layout: Layout) -> Iterator[tuple[slice, int]]:
+def _few_sequences(layout: Layout) -> Iterator[tuple[slice, int]]:
     """Yield the rows of a few sequences, and how many there are."""
     for start, end, sequences, length in layout.spans():
         rows = max(1, round(frugal.rows_at_a_time() / length))
@@ -72,13 +73,13 @@ class _AttentionBranch(torch.autograd.Function):
         layout: Layout,
         heads: int,
         eps: float,
+        keep: bool,
     ) -> Tensor:
-        ctx.layout, ctx.heads, ctx.eps = layout, heads, eps
-        keep = any(ctx.needs_input_grad)
+        ctx.heads, ctx.eps, ctx.few = heads, eps, list(_few_sequences(layout))
         weight, bias = in_weights(weight2, bias2, gamma)
         dim = tokens.shape[-1]
         out, kept = torch.empty_like(tokens), []
-        for rows, sequences in _parts(layout):
+        for rows, sequences in ctx.few:
             normed, mean, scale = torch.native_layer_norm(tokens[rows], [dim], norm_weight, norm_bias, eps)
             qkv = linear(normed, weight1, bias1).unflatten(-1, (3, heads, -1))
             parts = queries_keys_values(by_head(qkv, sequences))
@@ -95,10 +96,10 @@ class _AttentionBranch(torch.autograd.Function):
         tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept = ctx.saved_tensors
         dim, heads = tokens.shape[-1], ctx.heads
         of_tokens, scaled = torch.empty_like(tokens), in_weights(weight2, bias2, gamma)[0]
-        terms = len(kept) // _PARTS
+        terms = len(ctx.few)
         of_norm_weight, of_norm_bias, of_weight1, of_bias1, of_scaled, of_bias2 = (Sum(terms) for _ in range(6))
-        for i, (rows, sequences) in enumerate(_parts(ctx.layout)):
-            parts, weights, attended, mean, scale = kept[_PARTS * i : _PARTS * (i + 1)]
+        for i, (rows, sequences) in enumerate(ctx.few):
+            parts, weights, attended, mean, scale = kept[_KEPT_EACH * i : _KEPT_EACH * (i + 1)]
             of_scaled.add_product(grad[rows], attended)
             of_bias2.add(grad[rows].sum(0))
             of_attended = linear(grad[rows], scaled.t()).unflatten(-1, (1, heads, -1))
@@ -117,4 +118,4 @@ class _AttentionBranch(torch.autograd.Function):
             of_norm_bias.add(of_norm[1])
         of_first = (of.total.to(weight1.dtype) for of in (of_norm_weight, of_norm_bias, of_weight1, of_bias1))
         of_second = of_layer_scale(of_scaled.total, of_bias2.total, weight2, bias2, gamma)
-        return of_tokens, *of_first, *of_second, None, None, None
+        return of_tokens, *of_first, *of_second, None, None, None, None

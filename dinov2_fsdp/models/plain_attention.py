@@ -1,5 +1,7 @@
 """Attention as matrix products, a few sequences at a time: the fastest way on a CPU for short sequences.
 
+Training in one type takes :mod:`dinov2_fsdp.models.frugal_attention`, which has these products between its own.
+
 torch's fused CPU kernel takes several times as long in its backward pass, ten times in bf16. Plain products left to
 autograd lay the parts of ``qkv`` out anew for every product, and pad their gradients with zeros to add them up. Here
 ``qkv`` and the softmax weights are kept; all else is small enough to stay in a processor's cache.

@@ -141,7 +141,8 @@ class VisionTransformer(nn.Module):
         """Return the last block's tokens before the final norm, packed ``(total_tokens, dim)``, and their layout.
 
         ``crops``: one tensor ``(images, 3, height, width)`` per crop size; ``masks``: one per crop size.
-        ``rows``: ``(chosen,)`` int64, the packed tokens to return, ``(chosen, dim)``, without what only others need.
+        ``rows``: ``(chosen,)`` int64, the packed tokens to return, ``(chosen, dim)``, without what only others need;
+        the layout is still that of all.
         """
         layout = self.layout_of(crops)
         groups = [self.embed(crop, mask).flatten(0, 1) for crop, mask in zip(crops, masks, strict=True)]
