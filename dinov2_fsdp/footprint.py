@@ -1,8 +1,8 @@
 """What a step holds in memory and sends between ranks, estimated before it starts. No torch.
 
 The formulas follow what the code keeps: :mod:`dinov2_fsdp.models.frugal` and its neighbour for the branches,
-:mod:`dinov2_fsdp.ssl.losses` for the logits, FSDP's units for gathered weights. The tests hold them against what autograd
-keeps in a real step, and against a whole step of 128 ranks traced on one (``benchmarks/scale.py``).
+:mod:`dinov2_fsdp.ssl.losses` for the logits, FSDP's units for gathered weights. The tests hold them against what
+autograd keeps in a real step, and against a whole step of 128 ranks traced on one (``benchmarks/scale.py``).
 """
 
 from __future__ import annotations
