@@ -159,7 +159,7 @@ def seconds_of(product: Product, device: torch.device) -> float:
     out = multiply(left, right)
     ways: list[Callable[[], object]] = [lambda: multiply(left, right, out=out)]
     with torch.no_grad():
-        if by_onednn(left, right.t()):
+        if left.dim() == 2 and by_onednn(left, right.t()):
             ways.append(lambda: linear(left, right.t()))
         return min(_repeated(way, device) for way in ways)
 

@@ -12,7 +12,7 @@ from tiny import tiny_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from peer_step import settings
-from products import Operand, Product, record_step
+from products import Operand, Product, record_step, seconds_of
 from step_profile import kind_of, profile_step
 
 from dinov2_fsdp.config import Config, load
@@ -42,6 +42,14 @@ def test_a_product_is_repeated_on_operands_that_lie_alike() -> None:
     product = Product(Operand((4, 3), (1, 4)), Operand((3, 5), (5, 1)), torch.float32)
     left, right = product.operands(torch.device("cpu"))
     assert (left.stride(), right.stride(), product.flops) == ((1, 4), (5, 1), 2 * 4 * 3 * 5)
+
+
+@pytest.mark.parametrize("batch", [(), (2,)], ids=["matrices", "batches of them"])
+def test_a_product_takes_time(batch: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("products.LEAST", 1e-4)
+    ones = (1,) * len(batch)
+    product = Product(Operand((*batch, 4, 3), (*ones, 1, 4)), Operand((*batch, 3, 5), (*ones, 5, 1)), torch.float32)
+    assert 0 < seconds_of(product, torch.device("cpu")) < 1
 
 
 def test_a_step_never_waits_for_its_device() -> None:

@@ -18,6 +18,7 @@ from training import differing, metrics, saved_tensors, this_world, tiny_run, tr
 from dinov2_fsdp.checkpoint import module_tensors
 from dinov2_fsdp.config import Config, ParallelConfig
 from dinov2_fsdp.errors import UserError
+from dinov2_fsdp.models import frugal
 from dinov2_fsdp.models.attention import resolve_backend
 from dinov2_fsdp.models.initialise import initialise
 from dinov2_fsdp.optim.groups import clean_name
@@ -128,6 +129,25 @@ def test_recomputing_activations_changes_neither_start_nor_gradient(world: World
         results.append((weights(student), *one_step(config, student, teacher)))
     for kept, recomputed in zip(*results, strict=True):
         assert differing(kept, recomputed) == []
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 0.15)])
+def test_a_step_a_few_rows_at_a_time_differs_by_rounding(
+    world: World, precision: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(model__drop_path=0.3, parallel__activation_checkpointing="full", train__precision=precision)
+    results = []
+    for rows in (512, 8):
+        monkeypatch.setattr(frugal, "CACHED_ROWS", rows)
+        student, teacher, _ = sharded_networks(config, world)
+        found, gradients = one_step(config, student, teacher)
+        results.append({**found, **gradients})
+    whole_batch, few_rows = results
+    assert whole_batch.keys() == few_rows.keys()
+    assert differing(whole_batch, few_rows) != [], "the same, to the last bit: were they taken a few at a time?"
+    for name, expected in whole_batch.items():
+        error = (few_rows[name].double() - expected.double()).norm()
+        assert error <= tolerance * expected.double().norm() + 1e-8, name
 
 
 def test_recomputing_activations_recomputes_every_second_or_every_block(world: World) -> None:
