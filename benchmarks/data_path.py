@@ -194,6 +194,43 @@ def table(found: dict[str, Times], peers: Times) -> str:
     return "\n".join(rows)
 
 
+COLOURS = ("#bbbbbb", "#888888", "#ccbb44", "#4477aa", "#228833", "#66ccee", "#dddddd")
+"""Of the stages, and of what is left of the whole."""
+
+
+def draw(found: dict[str, Times], peers: Times, images: int, path: str) -> None:
+    """Draw each path's time as one horizontal bar of its stages, and the peers' as one of the whole."""
+    from matplotlib.figure import Figure
+
+    names = [*found, *peers]
+    figure = Figure(figsize=(8, 1.4 + 0.5 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    starts = dict.fromkeys(found, 0.0)
+    for stage, colour in zip((*STAGES, "masks, all else"), COLOURS, strict=True):
+        if stage in STAGES:
+            lengths = {name: times[stage] for name, times in found.items()}
+        else:
+            # Timed hot and one by one, stages may also add up to more than the whole.
+            lengths = {name: max(0.0, found[name]["whole"] - start) for name, start in starts.items()}
+        axes.barh(list(lengths), list(lengths.values()), left=list(starts.values()), color=colour, label=stage)
+        starts = {name: starts[name] + length for name, length in lengths.items()}
+    if peers:
+        axes.barh(list(peers), list(peers.values()), color="white", edgecolor="#888888", hatch="///", label="not split")
+    wholes = {**{name: times["whole"] for name, times in found.items()}, **peers}
+    for name, whole in wholes.items():
+        end = max(whole, starts.get(name, 0.0))
+        axes.annotate(
+            f"{whole:.2f} ms, {1000 / whole:.0f} a second", (end, name), (4, 0), textcoords="offset points", va="center"
+        )
+    axes.set_xlim(0, 1.3 * max(wholes.values()))
+    axes.invert_yaxis()
+    axes.set_xlabel("CPU time of an image, ms")
+    axes.set_title(f"From a file to its crops, one core, {images} images", loc="left", fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+    figure.savefig(path, dpi=130)
+
+
 def main() -> None:
     """Measure, print the table and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,6 +243,7 @@ def main() -> None:
     )
     parser.add_argument("--torchvision", action="store_true", help="torchvision's transforms too, as DINOv2's code has")
     parser.add_argument("--lightly", action="store_true", help="LightlyTrain's transform too; it must be installed")
+    parser.add_argument("--picture", help="draw it here (png, svg, pdf)")
     parser.add_argument("--json", default="runs/data_path.json", help="file to write (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", help="key=value of the config")
     arguments = parser.parse_intermixed_args()
@@ -227,6 +265,8 @@ def main() -> None:
         name: measure_peer(made(config), source, count, few, rounds) for name, made in chosen.items() if made
     }  # fmt: skip
     print(table(found, peers))
+    if arguments.picture:
+        draw(found, peers, count, arguments.picture)
     result = {
         "command": ["python", *sys.orig_argv[1:]],
         "date": date.today().isoformat(),

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import tiny_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import data_path
+import step_profile
 from peer_step import settings
 from products import Operand, Product, record_step, seconds_of
 from step_profile import kind_of, profile_step
@@ -76,6 +81,15 @@ def test_a_step_never_waits_for_its_device() -> None:
 )
 def test_operations_and_kernels_are_known_by_their_names(name: str, kind: str) -> None:
     assert kind_of(name) == kind
+
+
+def test_profiles_are_drawn(tmp_path: Path) -> None:
+    stages = {name: float(number) for number, name in enumerate((*data_path.STAGES, "whole"), 1)}
+    data_path.draw({"reference": stages, "fast": {**stages, "whole": 60.0}}, {"peer": 9.0}, 20, f"{tmp_path}/data.png")
+    step_profile.draw(Counter({"matrix products": 80.0, "norms": 3.0}), "a step", f"{tmp_path}/step.png")
+    for name in ("data", "step"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20
 
 
 def test_a_peer_gets_the_work_of_the_config(tmp_path: Path) -> None:

@@ -292,6 +292,16 @@ def test_a_loader_that_nobody_needs_any_more_ends_its_workers_at_once() -> None:
     assert sorted(worker_pids()) == sorted(others)
 
 
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_ended_too() -> None:
+    others = worker_pids()
+    loader = load(one_image_each(workers=1), Scenes(slow=1000), 10)
+    assert len(worker_pids()) == len(others) + 1
+    del loader
+    gc.collect()
+    assert sorted(worker_pids()) == sorted(others)
+
+
 ORPHANS = """
 import multiprocessing, os, sys, time
 sys.path.insert(0, {tests!r})

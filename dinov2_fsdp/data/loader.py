@@ -296,7 +296,13 @@ def _end_workers(line: _NextInLine, items: list[Any]) -> None:
     line.handed_over.value = len(line.places)
     while items:
         # Not left to its end: the traceback of an exception may hold it. Without workers it has no such method.
-        getattr(items.pop(), "_shutdown_workers", lambda: None)()
+        iterator = items.pop()
+        getattr(iterator, "_shutdown_workers", lambda: None)()
+        for worker in getattr(iterator, "_workers", ()):
+            # One that hangs, or waits for a lock that a killed one held, ignores what torch sends it.
+            if worker.is_alive():
+                worker.kill()
+                worker.join(DYING)
 
 
 def build_loader(config: Config, source: Source, start: int, end: int, rank: int, per_rank: int, pin: bool) -> Loader:
