@@ -4,7 +4,7 @@ Between two linear layers of a block stand cheap operations: layer norm, GELU or
 output of each; here they are computed again in the backward pass, from inputs that are kept anyway. Of what the blocks
 of a plain ViT keep, that saves more than a third (docs/performance.md).
 
-On a CPU a feed-forward layer takes so many rows at a time that what lies between its ends stays in the cache, forward
+On a CPU a feed-forward branch takes so many rows at a time that what lies between its ends stays in the cache, forward
 and backward: the wide tensors never stand in memory as a whole, but for the kept one, in parts.
 
 The plain modules are the reference, and what runs under autocast and in fp16, whose range LayerScale times weights
