@@ -57,6 +57,10 @@ class Job:
     run_dir: Path
     pending_since: float | None = None
 
+    def let_it_run(self) -> None:
+        """End the pace that ``submit`` set."""
+        _end_of_pace(self.run_dir).touch()
+
     @property
     def lives(self) -> list[Life]:
         return Lives(self.run_dir).all()
@@ -145,9 +149,19 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
 
 
+def _end_of_pace(run_dir: Path) -> Path:
+    return run_dir.with_name(f"{run_dir.name} at full pace")
+
+
+def paced(seconds: float, run_dir: Path) -> list[str]:
+    """Return the arguments that make each step of a run last so long, until ``Job.let_it_run``."""
+    variables = {"PYTHONPATH": PACE_FOLDER, "PACE": seconds, "PACE_UNTIL": _end_of_pace(run_dir)}
+    return [word for name, value in variables.items() for word in ("--env", f"{name}={value}")]
+
+
 def submit(config: Path | None, run_dir: Path, *arguments: str, pace: float = 0.0) -> Job:
     """Submit a run and return its job."""
-    slow = ["--env", f"PYTHONPATH={PACE_FOLDER}", "--env", f"PACE={pace}"] if pace else []
+    slow = paced(pace, run_dir) if pace else []
     named = ["--config", str(config)] if config else []
     result = launch(
         *named, "--output-dir", str(run_dir), "--cpus-per-gpu", "1", "--time", "60", *slow, *arguments

@@ -17,7 +17,8 @@ from training import differing, saved_tensors, train_alone
 from dinov2_fsdp.config import load
 from launchers.cluster.lives import FINISHED, INTERRUPTED
 
-STEPS = 200
+STEPS = 500
+"""More than SLURM, which may look at its clock a minute late, lets pass at this pace."""
 PACE = 0.3
 
 
@@ -44,6 +45,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         # A minute is the shortest limit; the signal is due a minute before its end, so at SLURM's next look.
         slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=1")
         job.wait_for_end_of(3)
+        job.let_it_run()
         wait_until(lambda: job.state == "PENDING", "the job is pending")
         slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
         job.wait()
@@ -96,13 +98,14 @@ def test_a_requeue_that_the_cluster_refuses_becomes_a_new_job(tmp_path: Path) ->
         f'exec {slurm("which", "scontrol").strip()} "$@"\n'
     )
     (commands / "scontrol").chmod(0o755)
-    config = config_of(tmp_path, train__microbatch=4, train__duration="40it")
+    config = config_of(tmp_path, train__microbatch=4, train__duration="100it")
     job = submit(config, tmp_path / "job", "--setup", f"export PATH={commands}:$PATH", pace=PACE)
     second = ""
     try:
         job.wait_for_step(3)
         slurm("scancel", "--signal=USR2", job.number)
         job.wait_for_end_of(1)
+        job.let_it_run()
         (second,) = wait_until(lambda: re.findall(r"Submitted batch job (\d+)", job.log), "a second job")
         again = Job(second, job.run_dir)
         assert again.wait() == "COMPLETED", job.log

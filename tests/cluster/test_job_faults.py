@@ -20,7 +20,8 @@ from training import differing, saved_steps, saved_tensors, train_alone
 from dinov2_fsdp.config import load
 from launchers.cluster.lives import FAILED, FINISHED, INTERRUPTED, Life
 
-STEPS = 120
+STEPS = 500
+"""More than ranks that live on without their slurmd make at this pace before SLURM misses it."""
 PACE = 0.3
 EVERY = 5
 """Steps between two checkpoints: the most that a fault may cost, and one."""
@@ -81,6 +82,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
             told.seconds[name], told.lives[name] = time.monotonic() - started, job.lives[life - 1]
             if mend:
                 lab(mend, broken.pop())
+        job.let_it_run()
         job.wait()
         yield told
     finally:
@@ -142,7 +144,7 @@ def test_an_orphan_that_still_steps_cannot_touch_the_checkpoints(tmp_path: Path)
     """A slurmd dies and its rank lives on, alone and able to step, while SLURM starts the run elsewhere."""
     lab("init-pid", "1")
     config = config_of(
-        tmp_path, train__microbatch=4, train__duration="150it", checkpoint__every="1it", checkpoint__keep=1000
+        tmp_path, train__microbatch=4, train__duration="300it", checkpoint__every="1it", checkpoint__keep=1000
     )
     # Slow enough for the orphan to have steps left when the next life has loaded its libraries.
     job = submit(config, tmp_path / "job", pace=1.0)

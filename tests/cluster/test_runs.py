@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from jobs import PACE_FOLDER, ROOT, Job, config_of, lab, launch, slurm, submit, wait_until
+from jobs import ROOT, Job, config_of, lab, launch, paced, slurm, submit, wait_until
 from training import differing, saved_steps, saved_tensors, train_alone, train_on_ranks
 
 from dinov2_fsdp.config import load
@@ -138,7 +138,7 @@ def _made(folder: Path) -> Path:
 def test_follow_shows_states_and_progress_to_the_end(tmp_path: Path) -> None:
     config = config_of(tmp_path, train__microbatch=4, train__duration="2it")
     # Steps that last longer than the time between two looks.
-    slow = ["--env", f"PYTHONPATH={PACE_FOLDER}", "--env", "PACE=6"]
+    slow = paced(6.0, tmp_path / "run")
     result = launch(
         "--config", str(config), "--output-dir", str(tmp_path / "run"), "--cpus-per-gpu", "1", "--time", "60", *slow,
         "--follow",
