@@ -3,9 +3,10 @@
     python benchmarks/data_path.py --images tar:PATH
     python benchmarks/data_path.py --images folder:/my/photos --rounds 3 crops.local_size=96 --lightly
 
-Both paths get the same images and draws in turn, a few at a time and several times over; of each few the best round
-counts. Times are CPU time of one process, so that a core shared with others does not show, and images a second are
-those of one core.
+Both paths, and the fast one without the colours that ``crops.colours=device`` leaves to the device, get the same images
+and draws in turn, a few at a time and several times over; of each few the best round counts. Times are CPU time of one
+process, so that a core shared with others does not show, and images a second are those of one core. What the device
+needs for the colours is timed apart: on a GPU if there is one (``parallel.device``), by its own clock.
 """
 
 from __future__ import annotations
@@ -39,10 +40,18 @@ from dinov2_fsdp.data.loader import Microbatches
 from dinov2_fsdp.data.sources import Source, open_source
 from dinov2_fsdp.data.sources.decoding import LazyImage
 from dinov2_fsdp.errors import run_cli
+from dinov2_fsdp.parallel.place import check_devices
 from dinov2_fsdp.rng import generator
 
 STAGES = ("read", "open, draw", "decode", "crop, resize", "colour, flip", "blur")
 """Timed one by one, apart from the whole: with colder caches, so that they add up to some per cent more."""
+
+PATHS: dict[str, dict[str, str]] = {
+    "reference": {"implementation": "reference", "colours": "worker"},
+    "fast": {"implementation": "fast", "colours": "worker"},
+    "colours=device": {"implementation": "fast", "colours": "device"},
+}
+"""Settings of the crops that are compared; of the last, only what a worker does, flips in with its resampling."""
 
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "opencv-python-headless", "lightly-train")
 
@@ -59,7 +68,7 @@ def without(parameters: CropParameters, colour: bool, blur: bool) -> CropParamet
 def stages(microbatches: Microbatches, place: tuple[int, int]) -> Times:
     """Return the CPU seconds that one microbatch spends in each of ``STAGES``, and in all of them (``whole``)."""
     config, source, crops = microbatches.config, microbatches.source, microbatches.crops
-    fast = config.crops.implementation == "fast"
+    fast, by_device = config.crops.implementation == "fast", config.crops.colours == "device"
     step, size = place[0], config.train.microbatch
     sizes = [config.crops.global_size] * 2 + [config.crops.local_size] * config.crops.local_number
     marks, opened = np.zeros(len(STAGES)), []
@@ -84,12 +93,18 @@ def stages(microbatches: Microbatches, place: tuple[int, int]) -> Times:
         else:
             pixels = image.rgb()
         marks[2] += time.process_time() - started
-        for number, left_out in enumerate(((True, True), (False, True), (False, False)), 3):
-            chosen = [without(drawn, *left_out) for drawn in parameters]
+        ways = [
+            [without(d, *left_out) for d in parameters] for left_out in ((True, True), (False, True), (False, False))
+        ]
+        if by_device:
+            ways = [[fast_augment.uncoloured(drawn) for drawn in parameters]]
+        for number, chosen in enumerate(ways, 3):
             started = time.process_time()
             for drawn, side in zip(chosen, sizes, strict=True):
                 apply(pixels, drawn, side)
             marks[number] += time.process_time() - started
+    if by_device:
+        marks[4:] = marks[3]
     started = time.process_time()
     microbatches[place]
     whole = time.process_time() - started
@@ -101,8 +116,8 @@ def stages(microbatches: Microbatches, place: tuple[int, int]) -> Times:
 def measure(config: Config, source: Source, count: int, few: int, rounds: int) -> dict[str, Times]:
     """Return each path's milliseconds per image and stage, the best of ``rounds`` for every ``few`` images."""
     paths = {
-        name: Microbatches(replace(config, crops=replace(config.crops, implementation=name)), source)
-        for name in ("reference", "fast")
+        name: Microbatches(replace(config, crops=replace(config.crops, **changes)), source)
+        for name, changes in PATHS.items()
     }
     best: dict[str, list[dict[int, float]]] = {name: [{} for _ in (*STAGES, "whole")] for name in paths}
     for _ in range(rounds):
@@ -119,6 +134,33 @@ def measure(config: Config, source: Source, count: int, few: int, rounds: int) -
         }
         for name, columns in best.items()
     }  # fmt: skip
+
+
+def measure_device(config: Config, source: Source, device: torch.device, count: int, few: int, rounds: int) -> float:
+    """Return the milliseconds per image of the colours on ``device``, the best of ``rounds`` for every ``few``."""
+    microbatches = Microbatches(replace(config, crops=replace(config.crops, **PATHS["colours=device"])), source)
+    best = [float("inf")] * (count // few)
+    microbatches[0, 0].to(device).coloured()  # kernels are loaded, memory is obtained
+    for _ in range(rounds):
+        for step in range(count // few):
+            batch = microbatches[step, 0].to(device)
+            best[step] = min(best[step], seconds_on(device, batch.coloured))
+    return 1000 * sum(best) / (count // few * few)
+
+
+def seconds_on(device: torch.device, work: Callable[[], object]) -> float:
+    """Return how long the device works: CPU time, or a GPU's time from the first kernel to the last."""
+    if device.type == "cpu":
+        started = time.process_time()
+        work()
+        return time.process_time() - started
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
 
 
 def lightly(config: Config) -> Callable[[bytes], Any]:
@@ -182,16 +224,23 @@ def measure_peer(crop: Callable[[bytes], Any], source: Source, count: int, few: 
 
 def table(found: dict[str, Times], peers: Times) -> str:
     """Return the measurements as a Markdown table."""
-    reference, fast = found["reference"], found["fast"]
-    rows = ["| ms an image | reference | fast | ratio |", "|---|---:|---:|---:|"]
+    reference, fast, worker = (found[name] for name in PATHS)
+    rows = ["| ms an image | reference | fast | ratio | worker, colours=device |", "|---|---:|---:|---:|---:|"]
     for stage in (*STAGES, "whole"):
         ratio = f"{reference[stage] / fast[stage]:.1f} ×" if reference[stage] > 0 < fast[stage] else ""
-        rows.append(f"| {stage} | {reference[stage]:.2f} | {fast[stage]:.2f} | {ratio} |")
-    rate = [1000 / reference["whole"], 1000 / fast["whole"]]
-    rows.append(f"| **img/s per core** | **{rate[0]:.0f}** | **{rate[1]:.0f}** | **{rate[1] / rate[0]:.1f} ×** |")
+        rows.append(f"| {stage} | {reference[stage]:.2f} | {fast[stage]:.2f} | {ratio} | {_cell(worker[stage])} |")
+    rate = [1000 / times["whole"] for times in (reference, fast, worker)]
+    rows.append(
+        f"| **img/s per core** | **{rate[0]:.0f}** | **{rate[1]:.0f}** | **{rate[1] / rate[0]:.1f} ×** "
+        f"| **{rate[2]:.0f}** |"
+    )
     for name, peer in peers.items():
-        rows.append(f"| {name} | {peer:.2f} ms | {1000 / peer:.0f} img/s | fast is {peer * rate[1] / 1000:.1f} × |")
+        rows.append(f"| {name} | {peer:.2f} ms | {1000 / peer:.0f} img/s | fast is {peer * rate[1] / 1000:.1f} × | |")
     return "\n".join(rows)
+
+
+def _cell(milliseconds: float) -> str:
+    return f"{milliseconds:.2f}" if milliseconds else "–"
 
 
 COLOURS = ("#bbbbbb", "#888888", "#ccbb44", "#4477aa", "#228833", "#66ccee", "#dddddd")
@@ -257,6 +306,8 @@ def main() -> None:
     source = open_source(config.data.train, config.data.cache)
     count = max(few, min(arguments.count, len(source)))
     found = measure(config, source, count, few, rounds)
+    device = torch.device(check_devices(config.parallel.device, 1, torch.cuda.device_count()))
+    coloured = measure_device(config, source, device, count, few, rounds)
     chosen = {"torchvision": arguments.torchvision and torchvision, "LightlyTrain": arguments.lightly and lightly}
     if source.encoded(0) is None and any(chosen.values()):
         print("the peers read image files, and these images are none: left out", file=sys.stderr)
@@ -265,6 +316,7 @@ def main() -> None:
         name: measure_peer(made(config), source, count, few, rounds) for name, made in chosen.items() if made
     }  # fmt: skip
     print(table(found, peers))
+    print(f"\ncolours of an image's crops on the device ({device.type}): {coloured:.2f} ms")
     if arguments.picture:
         draw(found, peers, count, arguments.picture)
     result = {
@@ -275,6 +327,7 @@ def main() -> None:
         "images": count,
         "rounds": rounds,
         "milliseconds": found,
+        "colours": {"device": device.type, "milliseconds": coloured},
         "peers": peers,
     }
     Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)

@@ -128,7 +128,7 @@ def prepared(config: Config) -> Iterator[tuple[SelfDistillation, Microbatch]]:
         student.train()
         teacher.eval()
         source = open_source(config.data.train, config.data.cache)
-        batch = next(build_loader(config, source, 0, 1, 0, 1, False)).to(world.device)
+        batch = next(build_loader(config, source, 0, 1, 0, 1, False)).to(world.device).coloured()
         yield SelfDistillation(config, student, teacher, world.device), batch
     finally:
         end_world()

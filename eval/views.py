@@ -135,8 +135,7 @@ def shown(
 
 def draw_crops(config: Config, source: Source, png: str | Path, step: int = 0, images: int = 6, local: int = 8) -> Path:
     """Draw what the student sees of the first images of a step: global crops with their masks, local crops."""
-    loader = Microbatches(config, source)
-    batch = loader[step, 0]
+    batch = Microbatches(config, source)[step, 0].coloured()
     side = config.crops.global_size // config.model.patch
     rows: list[Row] = []
     for image in range(min(images, batch.images)):

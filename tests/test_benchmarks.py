@@ -22,6 +22,7 @@ from step_profile import kind_of, profile_step
 
 from dinov2_fsdp.config import Config, load
 from dinov2_fsdp.counts import step_flops_per_image
+from dinov2_fsdp.data.sources import open_source
 
 
 def small(**changes: Any) -> Config:
@@ -90,6 +91,17 @@ def test_profiles_are_drawn(tmp_path: Path) -> None:
     for name in ("data", "step"):
         with Image.open(tmp_path / f"{name}.png") as picture:
             assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 20
+
+
+def test_the_data_path_is_timed_with_its_colours_here_and_there() -> None:
+    config = small(train__batch=2, train__microbatch=2, loss__koleo=0)
+    source = open_source(config.data.train)
+    found = data_path.measure(config, source, 4, 2, 1)
+    assert list(found) == ["reference", "fast", "colours=device"]
+    assert all(times["whole"] > 0 for times in found.values())
+    assert (found["colours=device"]["colour, flip"], found["colours=device"]["blur"]) == (0, 0)
+    assert data_path.measure_device(config, source, torch.device("cpu"), 4, 2, 1) > 0
+    assert {row.count("|") for row in data_path.table(found, {"peer": 9.0}).splitlines()} == {6}
 
 
 def test_a_peer_gets_the_work_of_the_config(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ RANGES = ("crops.global_scale", "crops.local_scale", "masks.ratio")
 CHOICES = (
     "model.arch", "model.ffn", "crops.blur", "loss.centering", "optim.name", "optim.lr_scaling", "optim.clip_scope",
     "train.precision", "parallel.device", "parallel.attention", "parallel.activation_checkpointing",
-    "parallel.reduce_precision", "parallel.heads_precision", "crops.implementation",
+    "parallel.reduce_precision", "parallel.heads_precision", "crops.implementation", "crops.colours",
 )  # fmt: skip
 DURATIONS = (
     "train.duration", "loss.teacher_temperature_warmup", "optim.warmup", "optim.freeze_prototypes",
@@ -187,6 +187,7 @@ def test_a_broken_duration_is_refused_by_its_key(key: str) -> None:
         (["parallel.timeout=1e10"], "parallel.timeout=10000000000.0 is impossible; valid: at most 1e+08"),
         (["train.duration=0it"], "train.duration=0it is impossible"),
         (["loss.teacher_temperature_start=0.1"], "loss.teacher_temperature_start=0.1 is not below"),
+        (["crops.colours=device", "crops.implementation=reference"], "use crops.implementation=fast, or crops.col"),
     ],
 )
 def test_a_value_is_refused_with_what_would_be_possible(overrides: list[str], expected: str) -> None:

@@ -63,6 +63,9 @@ class CropConfig:
     implementation: str = "fast"
     """fast: OpenCV and torch, JPEG files decoded no larger than needed; reference: Pillow, equal to torchvision's
     transforms bit for bit and several times slower. Both draw the same; pixels differ by rounding."""
+    colours: str = "worker"
+    """worker: loader processes apply jitter, grayscale, blur and solarisation; device: the device that trains does, for
+    a whole microbatch at once and with reference's values, which needs implementation=fast."""
 
 
 @dataclass

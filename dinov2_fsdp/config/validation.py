@@ -17,6 +17,7 @@ _CHOICES: dict[str, Iterable[str]] = {
     "model.ffn": ("mlp", "swiglu"),
     "crops.blur": ("paper", "released", "none"),
     "crops.implementation": ("fast", "reference"),
+    "crops.colours": ("worker", "device"),
     "loss.centering": ("softmax", "sinkhorn", "none"),
     "optim.name": ("adamw", "lars"),
     "optim.lr_scaling": ("sqrt", "linear", "none"),
@@ -125,6 +126,13 @@ def _check_together(c: Config) -> None:
     if dim % heads:
         message = f"model.heads={heads} is impossible; valid: a divisor of model.dim ({dim})"
         raise ConfigError(message, "model.heads", "model.dim")
+    if c.crops.colours == "device" and c.crops.implementation == "reference":
+        raise ConfigError(
+            "crops.colours=device takes the crops of crops.implementation=fast, not of reference; "
+            "use crops.implementation=fast, or crops.colours=worker",
+            "crops.colours",
+            "crops.implementation",
+        )
     if c.loss.koleo > 0 and c.train.microbatch < 2:
         raise ConfigError(
             f"train.microbatch={c.train.microbatch}: KoLeo needs at least two images to find a neighbour; "

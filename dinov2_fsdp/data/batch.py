@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2_fsdp.data.device_colours import ColourPlan
+
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 
@@ -26,6 +28,7 @@ class Microbatch:
         mask_weights: ``(masked,)`` float32, one over the masked patches of the patch's crop.
         samples: ``(B,)`` int64, the images' indices in the data set.
         bad: (name, reason) of every unreadable image that was replaced.
+        global_colours, local_colours: what :meth:`coloured` has still to do; None with finished crops.
     """
 
     step: int
@@ -37,6 +40,8 @@ class Microbatch:
     mask_weights: Tensor
     samples: Tensor
     bad: tuple[tuple[str, str], ...] = ()
+    global_colours: ColourPlan | None = None
+    local_colours: ColourPlan | None = None
 
     @property
     def images(self) -> int:
@@ -50,9 +55,18 @@ class Microbatch:
         """Return the microbatch in pinned memory; torch's loader calls this."""
         return self._map(lambda tensor: tensor.pin_memory())
 
+    def coloured(self) -> Microbatch:
+        """Return the microbatch with finished crops, coloured where they lie: this one must not be used any more."""
+        if self.global_colours is None or self.local_colours is None:
+            return self
+        self.global_colours.apply_(self.global_crops)
+        self.local_colours.apply_(self.local_crops)
+        return replace(self, global_colours=None, local_colours=None)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> Microbatch:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         changed: dict[str, Any] = {name: function(v) for name, v in values.items() if isinstance(v, Tensor)}
+        changed |= {name: v.map(function) for name, v in values.items() if isinstance(v, ColourPlan)}
         return replace(self, **changed)
 
     def normalised_globals(self) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -70,6 +71,24 @@ class FastMultiCrop(MultiCrop):
                 crop[...] = recoloured
             else:
                 cv2.split(recoloured, [*crop])
+
+
+class UncolouredMultiCrop(FastMultiCrop):
+    """Crops cut out, resampled and flipped; their colours are left to :mod:`device_colours`."""
+
+    def fill(
+        self,
+        image: LazyImage,
+        parameters: Sequence[CropParameters],
+        global_crops: NDArray[np.uint8],
+        local_crops: NDArray[np.uint8],
+    ) -> None:
+        super().fill(image, [uncoloured(drawn) for drawn in parameters], global_crops, local_crops)
+
+
+def uncoloured(drawn: CropParameters) -> CropParameters:
+    """Return the parameters with box and flip alone."""
+    return replace(drawn, jitter=(), gray=False, blur_sigma=None, solarize_threshold=None)
 
 
 def reduction(parameters: Sequence[CropParameters], sizes: Sequence[int]) -> int:

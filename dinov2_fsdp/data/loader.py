@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import itertools
 import multiprocessing
 import os
 import time
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from dinov2_fsdp.config import Config
 from dinov2_fsdp.data.augment import CropParameters, MultiCrop, multi_crop
 from dinov2_fsdp.data.batch import Microbatch
+from dinov2_fsdp.data.device_colours import ColourPlan, plan_colours
 from dinov2_fsdp.data.masks import masks_for
 from dinov2_fsdp.data.sources import BadImage, Source
 from dinov2_fsdp.data.sources.decoding import LazyImage
@@ -46,12 +48,14 @@ _WORKER = "DataLoader worker"
 
 
 def build_crops(config: Config) -> MultiCrop:
-    """Return the multi-crop augmentation that a config describes."""
+    """Return the multi-crop augmentation that a config describes, as far as data workers apply it."""
     crops = config.crops
     kind = MultiCrop
     if crops.implementation == "fast":
         try:
-            from dinov2_fsdp.data.fast_augment import FastMultiCrop as kind
+            from dinov2_fsdp.data.fast_augment import FastMultiCrop, UncolouredMultiCrop
+
+            kind = UncolouredMultiCrop if crops.colours == "device" else FastMultiCrop
         except ImportError as error:
             raise UserError(
                 f"crops.implementation=fast needs OpenCV, which cannot be imported ({error})\n"
@@ -98,8 +102,11 @@ class Microbatches(Dataset[Microbatch]):
         # Crop-major, and each image writes into its own place: nothing is stacked or transposed afterwards.
         global_crops = np.empty((2, size, 3, crops.global_size, crops.global_size), np.uint8)
         local_crops = np.empty((crops.local_number, size, 3, crops.local_size, crops.local_size), np.uint8)
+        drawn: list[list[CropParameters]] = []
         for i, found in enumerate(self._opened(samples.tolist(), step, first)):
-            samples[i] = self._crop(int(samples[i]), found, step, first + i, bad, global_crops[:, i], local_crops[:, i])
+            own = global_crops[:, i], local_crops[:, i]
+            samples[i], parameters = self._crop(int(samples[i]), found, step, first + i, bad, *own)
+            drawn.append(parameters)
         probability = self.config.masks.probability if self.config.loss.ibot > 0 else 0.0
         places = range(first, first + size)
         masks = masks_for(seed, step, places, self.config.train.batch, self.grid, probability, self.config.masks.ratio)
@@ -116,7 +123,18 @@ class Microbatches(Dataset[Microbatch]):
             mask_weights=torch.from_numpy(weights.astype(np.float32)),
             samples=torch.from_numpy(samples),
             bad=tuple(bad),
+            **self._colours(drawn),
         )
+
+    def _colours(self, drawn: Sequence[Sequence[CropParameters]]) -> dict[str, ColourPlan]:
+        """Return what the workers leave to the device, of what was ``drawn`` for the crops of each image."""
+        if self.config.crops.colours == "worker":
+            return {}
+        crop_major = list(zip(*drawn, strict=True))
+        return {
+            "global_colours": plan_colours([*itertools.chain(*crop_major[:2])]),
+            "local_colours": plan_colours([*itertools.chain(*crop_major[2:])]),
+        }
 
     def _opened(self, samples: list[int], step: int, first: int) -> Iterator[_Opened | BadImage]:
         """Open images, several before the first is handed on.
@@ -153,14 +171,14 @@ class Microbatches(Dataset[Microbatch]):
         bad: list[tuple[str, str]],
         global_crops: NDArray[np.uint8],
         local_crops: NDArray[np.uint8],
-    ) -> int:
-        """Write an image's crops, or those of the one that replaces it; return which of the data set's it is."""
+    ) -> tuple[int, list[CropParameters]]:
+        """Write an image's crops, or those of the one that replaces it; return which it is and what was drawn."""
         for attempt in range(REPLACEMENTS_PER_IMAGE):
             try:
                 if isinstance(found, BadImage):
                     raise found
                 self.crops.fill(*found, global_crops, local_crops)
-                return sample
+                return sample, found[1]
             except BadImage as error:
                 bad.append((error.name, error.reason))
                 sample = self.stream.replacement(step, place, attempt)
