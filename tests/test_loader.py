@@ -288,7 +288,8 @@ def test_a_loader_that_nobody_needs_any_more_ends_its_workers_at_once() -> None:
     assert len(worker_pids()) == len(others) + 3
     del loader
     gc.collect()
-    assert time.monotonic() - started < 3
+    # Torch waits 5 s for the first worker that does not hear; a busy machine may need some of that.
+    assert time.monotonic() - started < 5
     assert sorted(worker_pids()) == sorted(others)
 
 
