@@ -100,6 +100,9 @@ class Ledger(TorchDispatchMode):
             outs = {"all_gather_copy_in": args[1:2], "split_with_sizes_copy": (kwargs or {}).get("out")}
             for tensor in tree_iter(outs.get(name) or ()):
                 self._look_after(tensor)
+        elif name == "cat" and kwargs and "out" in kwargs:
+            # What is split along another dimension than the first FSDP puts together in a second step.
+            self._look_after(kwargs["out"])
         for number, storage in list(self._emptied.items()):
             alive = storage()
             size = 0 if alive is None else alive.nbytes()
@@ -111,7 +114,8 @@ class Ledger(TorchDispatchMode):
     def _note(self, tensor: Tensor) -> int | None:
         if isinstance(tensor, DTensor):
             tensor = tensor.to_local()
-        if tensor.is_meta:
+        if tensor.is_meta or tensor.is_mkldnn:
+            # The latter is a weight laid out for a few products, and hides its memory.
             return None
         storage = tensor.untyped_storage()
         number = self._numbers.get(storage._cdata)

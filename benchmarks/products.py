@@ -32,7 +32,7 @@ from dinov2_fsdp.data.batch import Microbatch
 from dinov2_fsdp.data.loader import build_loader
 from dinov2_fsdp.data.sources import open_source
 from dinov2_fsdp.models.initialise import initialise
-from dinov2_fsdp.models.products import by_onednn, linear
+from dinov2_fsdp.models.products import LEAST_PARTS, by_onednn, linear, packed
 from dinov2_fsdp.parallel.place import place_from_environment
 from dinov2_fsdp.parallel.sharding import build_networks
 from dinov2_fsdp.parallel.world import end_world, start_world
@@ -49,6 +49,8 @@ class Operand:
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    packed: bool = False
+    """Laid out by oneDNN, from a matrix of these strides."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,14 @@ class ProductRecorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if places := MATRICES.get(func.overloadpacket.__name__):
             left, right = (args[place] for place in places)
-            if func.overloadpacket.__name__ == "_linear_pointwise":
-                right = right.t()
+            if func.overloadpacket.__name__ != "_linear_pointwise":
+                second = _operand(right)
+            elif right.is_mkldnn:
+                second = Operand((right.shape[1], right.shape[0]), (1, right.shape[1]), packed=True)
+            else:
+                second = _operand(right.t())
             if left.numel() and right.numel():
-                self.products[Product(_operand(left), _operand(right), left.dtype)] += 1
+                self.products[Product(_operand(left), second, left.dtype)] += 1
         elif func.overloadpacket.__name__ in ("baddbmm", "convolution", "convolution_backward") or (
             "attention" in func.overloadpacket.__name__
         ):
@@ -161,6 +167,9 @@ def seconds_of(product: Product, device: torch.device) -> float:
     with torch.no_grad():
         if left.dim() == 2 and by_onednn(left, right.t()):
             ways.append(lambda: linear(left, right.t()))
+        if product.right.packed:
+            weight = packed(right.t(), LEAST_PARTS)
+            ways.append(lambda: linear(left, weight))
         return min(_repeated(way, device) for way in ways)
 
 

@@ -23,6 +23,7 @@ from step_profile import kind_of, profile_step
 from dinov2_fsdp.config import Config, load
 from dinov2_fsdp.counts import step_flops_per_image
 from dinov2_fsdp.data.sources import open_source
+from dinov2_fsdp.models import frugal
 
 
 def small(**changes: Any) -> Config:
@@ -48,6 +49,17 @@ def test_a_product_is_repeated_on_operands_that_lie_alike() -> None:
     product = Product(Operand((4, 3), (1, 4)), Operand((3, 5), (5, 1)), torch.float32)
     left, right = product.operands(torch.device("cpu"))
     assert (left.stride(), right.stride(), product.flops) == ((1, 4), (5, 1), 2 * 4 * 3 * 5)
+
+
+def test_a_step_of_many_parts_records_its_products_as_the_formula_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frugal, "CACHED_ROWS", 8)
+    config = small()
+    products = record_step(config)[0].all
+    counted = sum(product.flops * count for product, count in products.items())
+    assert counted / config.train.microbatch == pytest.approx(step_flops_per_image(config), rel=0.03)
+    packed = [product for product in products if product.right.packed]
+    assert bool(packed) == (torch.backends.cpu.get_cpu_capability() == "AVX512")
+    assert all(0 < seconds_of(product, torch.device("cpu")) < 1 for product in packed[:2])
 
 
 @pytest.mark.parametrize("batch", [(), (2,)], ids=["matrices", "batches of them"])
@@ -78,6 +90,8 @@ def test_a_step_never_waits_for_its_device() -> None:
         ("aten::copy_", "copies, casts"),
         ("aten::native_layer_norm", "norms"),
         ("autograd::engine", "everything else"),
+        ("_AttentionBranchBackward", "Python of our own branches"),
+        ("_Z19fmha_cutlass_forwardPf", "attention"),
     ],
 )
 def test_operations_and_kernels_are_known_by_their_names(name: str, kind: str) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov2_fsdp.models import frugal, frugal_attention, products
@@ -59,10 +60,11 @@ def gradients(function: Callable[[Tensor], Tensor], rows: Tensor, parameters: li
 
 
 @pytest.fixture(params=[512, 7], ids=["whole", "a few rows at a time"], autouse=True)
-def at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Every test of this file runs with activations that are computed whole, and a few rows at a time."""
     monkeypatch.setattr(frugal, "CACHED_ROWS", request.param)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    return int(request.param)
 
 
 @pytest.fixture
@@ -165,9 +167,9 @@ def test_a_block_takes_the_branch_that_goes_a_few_sequences_at_a_time(monkeypatc
 
 
 def test_all_sequences_are_taken_once_each_and_a_few_at_a_time() -> None:
-    parts = list(frugal_attention._few_sequences(LAYOUT))
-    assert [row for rows, _ in parts for row in range(rows.start, rows.stop)] == list(range(LAYOUT.total_tokens))
-    for rows, sequences in parts:
+    found = list(frugal_attention._few_sequences(LAYOUT))
+    assert [row for rows, _ in found for row in range(rows.start, rows.stop)] == list(range(LAYOUT.total_tokens))
+    for rows, sequences in found:
         length = 8 if rows.start < 16 else 3
         assert rows.stop - rows.start == sequences * length
         assert sequences == 1 or sequences * length <= 1.5 * frugal.CACHED_ROWS
@@ -283,7 +285,7 @@ def test_frozen_weights_get_no_gradient_and_the_others_theirs(branch: str, froze
 
     def mine(x: Tensor) -> Tensor:
         if branch == "attention":
-            return block._attention_branch(x, LAYOUT)
+            return block._attention_branch(x, LAYOUT, False)
         return feed_forward(x, norm, first, "swiglu", second, gamma)
 
     def expected(x: Tensor) -> Tensor:
@@ -307,8 +309,9 @@ def test_frozen_weights_get_no_gradient_and_the_others_theirs(branch: str, froze
         torch.testing.assert_close(own, other, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("onto", [True, False], ids=["added to its tokens", "alone"])
 @pytest.mark.parametrize("branch", ["feed forward", "attention"])
-def test_branches_in_fp32_are_those_of_the_plain_modules(branch: str, plain: Callable[[], None]) -> None:
+def test_branches_in_fp32_are_those_of_the_plain_modules(branch: str, onto: bool, plain: Callable[[], None]) -> None:
     torch.manual_seed(0)
     block = Block(DIM, HEADS, WIDTH, "mlp", layer_scale=True)
     for name, parameter in block.named_parameters():
@@ -318,7 +321,7 @@ def test_branches_in_fp32_are_those_of_the_plain_modules(branch: str, plain: Cal
     parameters = [p for p in parameters if p.requires_grad]
 
     def run(x: Tensor) -> Tensor:
-        return block._attention_branch(x, LAYOUT) if branch == "attention" else block._ffn_branch(x, LAYOUT)
+        return block._attention_branch(x, LAYOUT, onto) if branch == "attention" else block._ffn_branch(x, LAYOUT, onto)
 
     rows = torch.randn(LAYOUT.total_tokens, DIM)
     found = gradients(run, rows, parameters)
@@ -347,6 +350,48 @@ def test_onednn_multiplies_in_fp32_where_the_processor_has_wide_registers() -> N
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), Called() as called:
         products.linear(torch.randn(5, 4), torch.randn(3, 4))
     assert "_linear_pointwise" not in called.names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_weight_laid_out_for_many_products_gives_the_same(dtype: torch.dtype, inference: bool) -> None:
+    weight, bias = torch.randn(48, 40, dtype=torch.float64), torch.randn(48, dtype=torch.float64)
+    with torch.inference_mode(inference), torch.no_grad():
+        packed = products.packed(weight.to(dtype), products.LEAST_PARTS)
+        assert packed.is_mkldnn == (torch.backends.cpu.get_cpu_capability() == "AVX512")
+        for count in (1, 7, 300):
+            rows = torch.randn(count, 40, dtype=torch.float64)
+            found = products.linear(rows.to(dtype), packed, bias.to(dtype)).double()
+            expected = rows @ weight.t() + bias
+            assert (found - expected).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * expected.norm()
+
+
+def test_a_weight_is_laid_out_only_where_that_pays_and_can_be() -> None:
+    weight, enough = torch.randn(8, 4), products.LEAST_PARTS
+    assert products.packed(weight, enough) is weight  # with gradients
+    with torch.no_grad():
+        assert products.packed(weight, enough - 1) is weight
+        wide = weight.double()
+        assert products.packed(wide, enough) is wide
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert products.packed(weight, enough) is weight
+        with FakeTensorMode():
+            fake = torch.randn(8, 4)
+            assert products.packed(fake, enough) is fake
+
+
+def test_a_branch_of_many_parts_lays_its_weights_out_forward(at_a_time: int) -> None:
+    block = Block(DIM, HEADS, WIDTH, "mlp", layer_scale=True)
+    block.attn.backend = "math"
+    tokens = torch.randn(20 * LAYOUT.total_tokens, DIM)
+    layout = Layout(tuple((20 * sequences, length) for sequences, length in LAYOUT.groups))
+    with Called() as called:
+        out = block(tokens, layout)
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    assert called.names.count("_reorder_linear_weight") == (4 if wide and at_a_time == 7 else 0)
+    with Called() as called:
+        out.sum().backward()
+    assert "_reorder_linear_weight" not in called.names
 
 
 @pytest.mark.parametrize("grad", [True, False])

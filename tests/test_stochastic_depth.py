@@ -37,7 +37,7 @@ def test_a_kept_branch_is_scaled_by_what_was_dropped_and_the_others_pass_unchang
     plan = draw_plan(layout, 1, 0.4, np.random.default_rng(0))
     assert plan is not None
     tokens, branch = torch.randn(14, 6), nn.Linear(6, 6)
-    out = add_residual(tokens, layout, lambda x, _: branch(x), plan.subset(0))
+    out = add_residual(tokens, layout, lambda x, *_: branch(x), plan.subset(0))
     expected, kept = tokens.clone(), set(plan.rows[0].tolist())
     for row in kept:
         expected[row] += branch(tokens[row]) * (5 / 3 if row < 10 else 4 / 2)
@@ -53,7 +53,7 @@ def test_on_average_over_draws_nothing_is_dropped() -> None:
     for _ in range(draws):
         plan = draw_plan(layout, 1, 0.4, rng)
         assert plan is not None
-        total += add_residual(tokens, layout, lambda x, _: 3 * x, plan.subset(1)) / draws
+        total += add_residual(tokens, layout, lambda x, *_: 3 * x, plan.subset(1)) / draws
     torch.testing.assert_close(total, torch.full_like(total, 4.0), rtol=0.08, atol=0)
 
 
@@ -62,7 +62,7 @@ def test_gradients_of_dropped_branches_are_scaled_as_their_values() -> None:
     plan = draw_plan(layout, 1, 0.5, np.random.default_rng(0))
     assert plan is not None
     tokens = torch.randn(8, 3, requires_grad=True)
-    add_residual(tokens, layout, lambda x, _: 5 * x, plan.subset(0)).sum().backward()
+    add_residual(tokens, layout, lambda x, *_: 5 * x, plan.subset(0)).sum().backward()
     expected = torch.ones(8, 3)
     expected[plan.rows[0]] += 5 * 2.0
     assert tokens.grad is not None
@@ -140,7 +140,7 @@ def test_the_last_feed_forward_branch_sees_the_rows_that_are_read(monkeypatch: p
     model, seen = tiny_backbone(), []
     for block in model.blocks:
         branch = block._ffn_branch  # type: ignore[operator, union-attr]
-        monkeypatch.setattr(block, "_ffn_branch", lambda x, layout, b=branch: seen.append(len(x)) or b(x, layout))
+        monkeypatch.setattr(block, "_ffn_branch", lambda x, *others, b=branch: seen.append(len(x)) or b(x, *others))
     model.forward_packed([tiny_images(3)], [None], rows=torch.tensor([0, 5, 40]))
     assert seen == [51] * (len(model.blocks) - 1) + [3]
 
@@ -152,7 +152,7 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
     weight = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
 
     def run(tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return add_residual(tokens, layout, lambda kept, _: (kept @ weight).sin(), plan.subset(0))
+        return add_residual(tokens, layout, lambda kept, *_: (kept @ weight).sin(), plan.subset(0))
 
     tokens = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(run, (tokens, weight))

@@ -90,17 +90,19 @@ class Block(nn.Module):
             return add_residual_to(rows, tokens, layout, self._ffn_branch, ffn_subset)
         return add_residual(tokens, layout, self._ffn_branch, ffn_subset)
 
-    def _attention_branch(self, tokens: Tensor, layout: Layout) -> Tensor:
+    def _attention_branch(self, tokens: Tensor, layout: Layout, onto: bool) -> Tensor:
+        scale = gamma(self.ls1)
         if self.attn.in_parts(layout) and frugal_attention.applies(tokens, self.attn.qkv, self.attn.proj):
             return attention_branch(
-                tokens, layout, self.attn.heads, self.norm1, self.attn.qkv, self.attn.proj, gamma(self.ls1)
+                tokens, layout, self.attn.heads, self.norm1, self.attn.qkv, self.attn.proj, scale, onto
             )
         qkv = norm_linear(tokens, self.norm1, self.attn.qkv)
-        return scaled_linear(self.attn.attend(qkv, layout), self.attn.proj, gamma(self.ls1))
+        out = scaled_linear(self.attn.attend(qkv, layout), self.attn.proj, scale)
+        return tokens + out if onto else out
 
-    def _ffn_branch(self, tokens: Tensor, layout: Layout) -> Tensor:
+    def _ffn_branch(self, tokens: Tensor, layout: Layout, onto: bool) -> Tensor:
         first, second = self.mlp.linears
-        return feed_forward(tokens, self.norm2, first, self.mlp.activation, second, gamma(self.ls2))
+        return feed_forward(tokens, self.norm2, first, self.mlp.activation, second, gamma(self.ls2), onto)
 
 
 def gamma(scale: nn.Module) -> Tensor | None:

@@ -4,8 +4,8 @@ Between two linear layers of a block stand cheap operations: layer norm, GELU or
 output of each; here they are computed again in the backward pass, from inputs that are kept anyway. Of what the blocks
 of a plain ViT keep, that saves more than a third (docs/performance.md).
 
-On a CPU a feed-forward branch takes so many rows at a time that what lies between its ends stays in the cache, forward
-and backward: the wide tensors never stand in memory as a whole, but for the kept one, in parts.
+On a CPU a feed-forward branch goes through its rows in parts, forward and backward, so that what lies between its ends
+stays in the cache: the wide tensors never stand in memory as a whole, but for the kept one.
 
 The plain modules are the reference, and what runs under autocast and in fp16, whose range LayerScale times weights
 could leave here.
@@ -13,6 +13,7 @@ could leave here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dinov2_fsdp.models.products import linear
+from dinov2_fsdp.models.products import linear, packed
 
 ACTIVATIONS = ("gelu", "swiglu")
 
@@ -46,7 +47,13 @@ def scaled_linear(rows: Tensor, before: nn.Linear, gamma: Tensor | None) -> Tens
 
 
 def feed_forward(
-    tokens: Tensor, norm: nn.LayerNorm, first: nn.Linear, activation: str, second: nn.Linear, gamma: Tensor | None
+    tokens: Tensor,
+    norm: nn.LayerNorm,
+    first: nn.Linear,
+    activation: str,
+    second: nn.Linear,
+    gamma: Tensor | None,
+    onto: bool = False,
 ) -> Tensor:
     """Return ``second(activation(first(norm(tokens)))) · gamma`` for ``(rows, dim)``.
 
@@ -55,12 +62,14 @@ def feed_forward(
     Args:
         activation: one of :data:`ACTIVATIONS`; with ``swiglu``, ``first`` returns gates before values.
         gamma: ``(dim,)`` of LayerScale, or None for none.
+        onto: add it to the tokens.
     """
     if not applies(tokens, first, second):
         out: Tensor = second(activate(first(norm(tokens)), activation))
-        return out if gamma is None else out * gamma
+        out = out if gamma is None else out * gamma
+        return tokens + out if onto else out
     layers = (norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias, gamma)
-    out = _FeedForward.apply(tokens, *layers, activation, norm.eps, keeps(first))
+    out = _FeedForward.apply(tokens, *layers, activation, norm.eps, onto, keeps(first))
     return out
 
 
@@ -88,12 +97,18 @@ def keeps(*layers: nn.Linear) -> bool:
     return torch.is_grad_enabled() and all(layer.weight.requires_grad for layer in layers)
 
 
-def put(part: Tensor, rows: slice, whole: Tensor, like: Tensor, parts: int) -> Tensor:
-    """Return ``whole`` with ``part`` in these rows: new memory as ``like`` if it is empty, none for a single part."""
+def put(part: Tensor, onto: Tensor | None, rows: slice, whole: Tensor, like: Tensor, parts: int) -> Tensor:
+    """Return ``whole`` with ``part`` in these rows, ``onto`` added to it if given.
+
+    That is new memory as ``like`` if it is empty; none for a single part, which may be overwritten.
+    """
     if parts == 1:
-        return part
+        return part if onto is None else part.add_(onto)
     whole = whole if whole.numel() else torch.empty_like(like)
-    whole[rows] = part
+    if onto is None:
+        whole[rows] = part
+    else:
+        torch.add(part, onto, out=whole[rows])
     return whole
 
 
@@ -114,6 +129,41 @@ def of_layer_scale(
     return of_weight.to(weight.dtype), of_bias.to(bias.dtype), of_gamma.to(gamma.dtype)
 
 
+def norm_linear_backward(
+    of_out: Tensor,
+    tokens: Tensor,
+    statistics: Sequence[Tensor],
+    norm: tuple[Tensor, Tensor, float],
+    weight: Tensor,
+    sums: Sums,
+) -> Tensor:
+    """Return the gradient in the rows ``tokens`` of a linear layer of their norm; add up those in the weights.
+
+    Args:
+        of_out: the gradient in the linear layer's output.
+        statistics: mean and scale of each row.
+        norm: the norm's weight, bias and epsilon.
+        weight: the linear layer's.
+        sums: to which ``norm_weight``, ``norm_bias``, ``weight`` and ``bias`` are added.
+    """
+    (norm_weight, norm_bias, eps), shape = norm, [tokens.shape[-1]]
+    normed = torch.native_layer_norm(tokens, shape, norm_weight, norm_bias, eps)[0]
+    sums.add_product("weight", of_out, normed)
+    del normed
+    sums.add("bias", of_out.sum(0))
+    of_tokens: Tensor
+    of_tokens, of_norm_weight, of_norm_bias = torch.ops.aten.native_layer_norm_backward(
+        linear(of_out, weight.t()), tokens, shape, *statistics, norm_weight, norm_bias, [True, True, True]
+    )
+    sums.add("norm_weight", of_norm_weight)
+    sums.add("norm_bias", of_norm_bias)
+    return of_tokens
+
+
+OF_NORM_LINEAR = ("norm_weight", "norm_bias", "weight", "bias")
+"""What :func:`norm_linear_backward` adds up, in the order of a function's arguments."""
+
+
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -127,14 +177,10 @@ class _NormLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, norm_weight, norm_bias, weight, mean, scale = ctx.saved_tensors
-        shape = [tokens.shape[-1]]
-        normed = torch.native_layer_norm(tokens, shape, norm_weight, norm_bias, ctx.eps)[0]
-        grad_weight = grad.t() @ normed
-        of_tokens, of_norm_weight, of_norm_bias = torch.ops.aten.native_layer_norm_backward(
-            linear(grad, weight.t()), tokens, shape, mean, scale, norm_weight, norm_bias, [True, True, True]
-        )
-        return of_tokens, of_norm_weight, of_norm_bias, grad_weight, grad.sum(0), None
+        tokens, norm_weight, norm_bias, weight, *statistics = ctx.saved_tensors
+        sums = Sums(1)
+        of_tokens = norm_linear_backward(grad, tokens, statistics, (norm_weight, norm_bias, ctx.eps), weight, sums)
+        return of_tokens, *(sums[name] for name in OF_NORM_LINEAR), None
 
 
 class _ScaledLinear(torch.autograd.Function):
@@ -165,15 +211,21 @@ class _FeedForward(torch.autograd.Function):
         gamma: Tensor | None,
         activation: str,
         eps: float,
+        onto: bool,
         keep: bool,
     ) -> Tensor:
-        ctx.activation, ctx.eps, ctx.slices = activation, eps, _slices(tokens)
+        ctx.activation, ctx.eps, ctx.onto, ctx.slices = activation, eps, onto, _slices(tokens)
+        count = len(ctx.slices)
+        first = packed(weight1, count)
         weight, bias = in_weights(weight2, bias2, gamma)
+        second = packed(weight, count)
         out, kept = torch.empty(0), []
         for some in ctx.slices:
             normed, mean, scale = torch.native_layer_norm(tokens[some], [tokens.shape[-1]], norm_weight, norm_bias, eps)
-            hidden = linear(normed, weight1, bias1)
-            out = put(linear(activate(hidden, activation), weight, bias), some, out, tokens, len(ctx.slices))
+            hidden = linear(normed, first, bias1)
+            del normed
+            found = linear(activate(hidden, activation), second, bias)
+            out = put(found, tokens[some] if onto else None, some, out, tokens, count)
             kept += [hidden, mean, scale] if keep else []
         ctx.save_for_backward(tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept)
         return out
@@ -182,58 +234,49 @@ class _FeedForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept = ctx.saved_tensors
-        shape = [tokens.shape[-1]]
         scaled = weight2 if gamma is None else weight2 * gamma[:, None]
-        of_tokens = torch.empty(0)
-        slices = ctx.slices
-        of_weight1, of_scaled = (Sum(len(slices)) for _ in range(2))
+        norm, count = (norm_weight, norm_bias, ctx.eps), len(ctx.slices)
         # On a CPU, products whose result has its longer side first are faster.
-        turned = len(slices) > 1
-        of_bias1, of_bias2, of_norm_weight, of_norm_bias = (Sum(len(slices)) for _ in range(4))
-        for i, some in enumerate(slices):
-            hidden, mean, scale = kept[3 * i : 3 * i + 3]
+        turned = count > 1
+        out, sums = torch.empty(0), Sums(count)
+        for i, some in enumerate(ctx.slices):
+            hidden, *statistics = kept[3 * i : 3 * i + 3]
             activated = activate(hidden, ctx.activation)
-            of_scaled.add_product(*((activated, grad[some]) if turned else (grad[some], activated)))
+            sums.add_product("scaled", *((activated, grad[some]) if turned else (grad[some], activated)))
             del activated
-            of_bias2.add(grad[some].sum(0))
+            sums.add("bias2", grad[some].sum(0))
             of_hidden = _activate_backward(linear(grad[some], scaled.t()), hidden, ctx.activation)
-            normed = torch.native_layer_norm(tokens[some], shape, norm_weight, norm_bias, ctx.eps)[0]
-            of_weight1.add_product(of_hidden, normed)
-            del normed
-            of_bias1.add(of_hidden.sum(0))
-            found, *of_norm = torch.ops.aten.native_layer_norm_backward(
-                linear(of_hidden, weight1.t()), tokens[some], shape, mean, scale, norm_weight, norm_bias, [True] * 3
-            )
-            of_tokens = put(found, some, of_tokens, tokens, len(slices))
-            of_norm_weight.add(of_norm[0])
-            of_norm_bias.add(of_norm[1])
-        dtype = weight1.dtype
-        of_scaled_weight = of_scaled.total.t().contiguous() if turned else of_scaled.total
-        of_second = of_layer_scale(of_scaled_weight, of_bias2.total, weight2, bias2, gamma)
-        of_first = (of.total.to(dtype) for of in (of_norm_weight, of_norm_bias, of_weight1, of_bias1))
-        return of_tokens, *of_first, *of_second, None, None, None
+            found = norm_linear_backward(of_hidden, tokens[some], statistics, norm, weight1, sums)
+            out = put(found, grad[some] if ctx.onto else None, some, out, tokens, count)
+        of_scaled = sums["scaled"].t().contiguous() if turned else sums["scaled"]
+        of_second = of_layer_scale(of_scaled, sums["bias2"], weight2, bias2, gamma)
+        of_first = (sums[name].to(weight1.dtype) for name in OF_NORM_LINEAR)
+        return out, *of_first, *of_second, None, None, None, None
 
 
-class Sum:
-    """A sum over slices of the rows, kept in fp32 or wider if there are several."""
+class Sums:
+    """Named sums over parts of the rows, kept in fp32 or wider if there are several parts."""
 
-    def __init__(self, terms: int) -> None:
-        self.total = torch.empty(0)
-        self._terms, self._added = terms, 0
+    def __init__(self, parts: int) -> None:
+        self._totals: dict[str, Tensor] = {}
+        self._wide = parts > 1
 
-    def add(self, term: Tensor) -> None:
-        if self._added:
-            self.total += term
+    def __getitem__(self, name: str) -> Tensor:
+        return self._totals[name]
+
+    def add(self, name: str, term: Tensor) -> None:
+        if name in self._totals:
+            self._totals[name] += term
         else:
-            self.total = term if self._terms == 1 else term.to(torch.promote_types(term.dtype, torch.float32))
-        self._added += 1
+            wide = torch.promote_types(term.dtype, torch.float32)
+            self._totals[name] = term.to(wide) if self._wide else term
 
-    def add_product(self, left: Tensor, right: Tensor) -> None:
+    def add_product(self, name: str, left: Tensor, right: Tensor) -> None:
         """Add ``leftᵀ · right``."""
-        if self._added and self.total.dtype == left.dtype:
-            self.total.addmm_(left.t(), right)
+        if name in self._totals and self._totals[name].dtype == left.dtype:
+            self._totals[name].addmm_(left.t(), right)
         else:
-            self.add(left.t() @ right)
+            self.add(name, left.t() @ right)
 
 
 def _activate_backward(grad: Tensor, hidden: Tensor, activation: str) -> Tensor:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dinov2_fsdp.models import frugal
-from dinov2_fsdp.models.frugal import Sum, in_weights, of_layer_scale
+from dinov2_fsdp.models.frugal import OF_NORM_LINEAR, Sums, in_weights, norm_linear_backward, of_layer_scale, put
 from dinov2_fsdp.models.layout import Layout
 from dinov2_fsdp.models.plain_attention import attend_parts, attend_parts_backward, by_head, queries_keys_values
-from dinov2_fsdp.models.products import linear
+from dinov2_fsdp.models.products import linear, packed
 
 _KEPT_EACH = 5
 """Tensors that are kept of a few sequences."""
@@ -32,14 +32,16 @@ def attention_branch(
     qkv: nn.Linear,
     proj: nn.Linear,
     gamma: Tensor | None,
+    onto: bool = False,
 ) -> Tensor:
     """Return ``proj(attention(qkv(norm(tokens)))) · gamma`` for packed ``(tokens, dim)``; ask :func:`applies` first.
 
     Args:
         gamma: ``(dim,)`` of LayerScale (arXiv 2103.17239), or None for none.
+        onto: add it to the tokens.
     """
     layers = (norm.weight, norm.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, gamma)
-    out: Tensor = _AttentionBranch.apply(tokens, *layers, layout, heads, norm.eps, frugal.keeps(qkv, proj))
+    out: Tensor = _AttentionBranch.apply(tokens, *layers, layout, heads, norm.eps, onto, frugal.keeps(qkv, proj))
     return out
 
 
@@ -73,19 +75,23 @@ class _AttentionBranch(torch.autograd.Function):
         layout: Layout,
         heads: int,
         eps: float,
+        onto: bool,
         keep: bool,
     ) -> Tensor:
-        ctx.heads, ctx.eps, ctx.few = heads, eps, list(_few_sequences(layout))
+        ctx.heads, ctx.eps, ctx.onto, ctx.few = heads, eps, onto, list(_few_sequences(layout))
+        count, dim = len(ctx.few), tokens.shape[-1]
+        first = packed(weight1, count)
         weight, bias = in_weights(weight2, bias2, gamma)
-        dim = tokens.shape[-1]
-        out, kept = torch.empty_like(tokens), []
+        second = packed(weight, count)
+        out, kept = torch.empty(0), []
         for rows, sequences in ctx.few:
             normed, mean, scale = torch.native_layer_norm(tokens[rows], [dim], norm_weight, norm_bias, eps)
-            qkv = linear(normed, weight1, bias1).unflatten(-1, (3, heads, -1))
+            qkv = linear(normed, first, bias1).unflatten(-1, (3, heads, -1))
             parts = queries_keys_values(by_head(qkv, sequences))
+            del normed, qkv
             found, weights = attend_parts(parts)
             attended = found.unflatten(0, (sequences, heads)).transpose(1, 2).reshape(-1, dim)
-            out[rows] = linear(attended, weight, bias)
+            out = put(linear(attended, second, bias), tokens[rows] if onto else None, rows, out, tokens, count)
             kept += [parts, weights, attended, mean, scale] if keep else []
         ctx.save_for_backward(tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept)
         return out
@@ -94,28 +100,19 @@ class _AttentionBranch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept = ctx.saved_tensors
-        dim, heads = tokens.shape[-1], ctx.heads
-        of_tokens, scaled = torch.empty_like(tokens), in_weights(weight2, bias2, gamma)[0]
-        terms = len(ctx.few)
-        of_norm_weight, of_norm_bias, of_weight1, of_bias1, of_scaled, of_bias2 = (Sum(terms) for _ in range(6))
+        dim, heads, count, norm = tokens.shape[-1], ctx.heads, len(ctx.few), (norm_weight, norm_bias, ctx.eps)
+        scaled = in_weights(weight2, bias2, gamma)[0]
+        out, sums = torch.empty(0), Sums(count)
         for i, (rows, sequences) in enumerate(ctx.few):
-            parts, weights, attended, mean, scale = kept[_KEPT_EACH * i : _KEPT_EACH * (i + 1)]
-            of_scaled.add_product(grad[rows], attended)
-            of_bias2.add(grad[rows].sum(0))
+            parts, weights, attended, *statistics = kept[_KEPT_EACH * i : _KEPT_EACH * (i + 1)]
+            sums.add_product("scaled", grad[rows], attended)
+            sums.add("bias2", grad[rows].sum(0))
             of_attended = linear(grad[rows], scaled.t()).unflatten(-1, (1, heads, -1))
             of_out = by_head(of_attended, sequences)[0].flatten(0, 1).contiguous()
             of_qkv = of_attended.new_empty(len(attended), 3, heads, dim // heads)
             attend_parts_backward(of_out, parts, weights, by_head(of_qkv, sequences))
-            of_qkv = of_qkv.flatten(1)
-            normed = torch.native_layer_norm(tokens[rows], [dim], norm_weight, norm_bias, ctx.eps)[0]
-            of_weight1.add_product(of_qkv, normed)
-            del normed
-            of_bias1.add(of_qkv.sum(0))
-            of_tokens[rows], *of_norm = torch.ops.aten.native_layer_norm_backward(
-                linear(of_qkv, weight1.t()), tokens[rows], [dim], mean, scale, norm_weight, norm_bias, [True] * 3
-            )
-            of_norm_weight.add(of_norm[0])
-            of_norm_bias.add(of_norm[1])
-        of_first = (of.total.to(weight1.dtype) for of in (of_norm_weight, of_norm_bias, of_weight1, of_bias1))
-        of_second = of_layer_scale(of_scaled.total, of_bias2.total, weight2, bias2, gamma)
-        return of_tokens, *of_first, *of_second, None, None, None, None
+            found = norm_linear_backward(of_qkv.flatten(1), tokens[rows], statistics, norm, weight1, sums)
+            out = put(found, grad[rows] if ctx.onto else None, rows, out, tokens, count)
+        of_first = (sums[name].to(weight1.dtype) for name in OF_NORM_LINEAR)
+        of_second = of_layer_scale(sums["scaled"], sums["bias2"], weight2, bias2, gamma)
+        return out, *of_first, *of_second, None, None, None, None, None

@@ -72,13 +72,16 @@ def draw_plan(layout: Layout, depth: int, drop: float, rng: np.random.Generator)
 
 
 def add_residual(
-    tokens: Tensor, layout: Layout, branch: Callable[[Tensor, Layout], Tensor], subset: Subset | None
+    tokens: Tensor, layout: Layout, branch: Callable[[Tensor, Layout, bool], Tensor], subset: Subset | None
 ) -> Tensor:
-    """Return ``tokens + branch(tokens)``, the branch computed and scaled on ``subset`` alone if there is one."""
+    """Return ``tokens + branch(tokens)``, the branch computed and scaled on ``subset`` alone if there is one.
+
+    ``branch(tokens, layout, onto)`` adds what it returns to its tokens itself, if ``onto``.
+    """
     if subset is None:
-        return tokens + branch(tokens, layout)
+        return branch(tokens, layout, True)
     kept = tokens.index_select(0, subset.rows)
-    residual = branch(kept, subset.layout)
+    residual = branch(kept, subset.layout, False)
     out: Tensor = _AddToRows.apply(tokens, kept.detach(), residual, subset.rows, subset.scale.to(residual.dtype))
     return out
 
@@ -87,7 +90,7 @@ def add_residual_to(
     rows: Tensor,
     tokens: Tensor,
     layout: Layout,
-    branch: Callable[[Tensor, Layout], Tensor],
+    branch: Callable[[Tensor, Layout, bool], Tensor],
     subset: Subset | None,
 ) -> Tensor:
     """Return the rows ``rows`` of what :func:`add_residual` gives, for a branch that acts on each row by itself.
@@ -96,9 +99,9 @@ def add_residual_to(
     knows.
     """
     chosen = tokens.index_select(0, rows)
-    residual = branch(chosen, layout)
     if subset is None:
-        return chosen + residual
+        return branch(chosen, layout, True)
+    residual = branch(chosen, layout, False)
     scale = residual.new_zeros(len(tokens), 1).index_copy(0, subset.rows, subset.scale.to(residual.dtype))
     return torch.addcmul(chosen, residual, scale.index_select(0, rows))
 
