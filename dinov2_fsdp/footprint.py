@@ -155,18 +155,20 @@ def state_shares(config: Config, processes: int) -> dict[str, int]:
 
 def _padded_units(config: Config, shards: int) -> dict[str, int]:
     """Return the numbers in each unit of FSDP: root, one block, each head."""
-    return {name: sum(_padded(shape, shards) for shape in shapes) for name, shapes in _units(config).items()}
+    return {name: sum(_padded(shape, shards) for shape in shapes) for name, shapes in _units(config, shards).items()}
 
 
-def _units(config: Config) -> dict[str, list[tuple[int, int]]]:
-    """Return the parameters' (rows, numbers in a row) of FSDP's units: root, one block, each head."""
+def _units(config: Config, shards: int) -> dict[str, list[tuple[int, int]]]:
+    """Return the parameters' (parts at most, numbers in a part) of FSDP's units: root, one block, each head.
+
+    Parts are rows, or channels of an embedding that is one row, where the shards divide them.
+    """
     model = config.model
     dim = width_depth_heads(model)[0]
     second_in, first_out = ffn_widths(config)
-    root = [(dim, 3 * model.patch**2), (dim, 1), (1, dim), (1, dim), (dim, 1), (dim, 1)]
-    root.append((1, dim * (1 + (config.crops.global_size // model.patch) ** 2)))
-    if model.registers:
-        root.append((1, dim * model.registers))
+    root = [(dim, 3 * model.patch**2), (dim, 1), (dim, 1), (dim, 1)]
+    embeddings = [1, 1, 1 + (config.crops.global_size // model.patch) ** 2, model.registers]
+    root += [(1, dim * tokens) if dim % shards else (dim, tokens) for tokens in embeddings]
     block = [(3 * dim, dim), (3 * dim, 1), (dim, dim), (dim, 1), (first_out, dim), (first_out, 1), (dim, second_in)]
     block += [(dim, 1)] * (5 + 2 * (model.layer_scale > 0))
     units = {"root": root, "block": block, "dino": _head_shapes(config.dino_head, dim)}
@@ -184,10 +186,7 @@ def _head_shapes(head: HeadConfig, dim: int) -> list[tuple[int, int]]:
 
 
 def _padded(shape: tuple[int, int], shards: int) -> int:
-    """Return the numbers of a parameter as FSDP gathers it: the same count of rows from every rank.
-
-    The position embedding is one row: on 128 ranks it is gathered 128 times over.
-    """
+    """Return the numbers of a parameter as FSDP gathers it: the same count of rows from every rank."""
     rows, row = shape
     return -(-rows // shards) * shards * row
 
@@ -250,7 +249,8 @@ def _last_attention_backward_bytes(config: Config, kind: str) -> int:
     dim, depth, _ = width_depth_heads(config.model)
     size, tokens = BYTES[config.train.precision], sum(count * length for count, length in _kept_groups(config))
     # The gradients of the branch's weights, summed over the parts, and of the other's.
-    of_weights = size * dim * sum(ffn_widths(config)) + _wide(config, kind) * 4 * dim**2 + size * dim**2
+    wide = _wide(config, kind, len(_groups(config)))
+    of_weights = size * dim * sum(ffn_widths(config)) + wide * 4 * dim**2 + size * dim**2
     working = size * (_attention_working(config, kind) + tokens * dim) + of_weights
     again = _computed_by_last_block(config, kind) if _recomputed(config, depth - 1) else 0
     return int(working + _stream_bytes(config)) + again
@@ -286,10 +286,10 @@ def _stream_bytes(config: Config) -> int:
     return size * dim * tokens
 
 
-def _wide(config: Config, kind: str) -> int:
-    """Return the bytes of a number in a sum over parts of the rows."""
+def _wide(config: Config, kind: str, parts: int = 1) -> int:
+    """Return the bytes of a number in a sum over parts of the rows, of which there are so many at least."""
     size, tokens = BYTES[config.train.precision], sum(count * length for count, length in _kept_groups(config))
-    return max(size, 4) if kind == "cpu" and _rows_at_a_time(config) < tokens else size
+    return max(size, 4) if kind == "cpu" and (parts > 1 or _rows_at_a_time(config) < tokens) else size
 
 
 def _attention_working(config: Config, kind: str) -> int:

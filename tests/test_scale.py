@@ -60,29 +60,32 @@ def assert_the_plan_is_right(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("ranks", "overrides"),
     [
-        [],
+        (2, []),
         *(
-            pytest.param(changes, marks=pytest.mark.slow)
-            for changes in (
-                ["train.batch=128", "loss.centering=sinkhorn", "ibot_head.separate=true", "train.precision=bf16"],
-                ["model.ffn=swiglu", "model.drop_path=0.4", "model.dim=192", "parallel.prefetch=2", *FEW],
-                ["parallel.activation_checkpointing=full", "parallel.replicate=2", "parallel.attention=sdpa"],
-                [
-                    "parallel.heads_precision=fp32",
-                    "train.precision=bf16",
-                    "train.microbatch=2",
-                    "train.batch=8",
-                    "dino_head.bottleneck=256",
-                ],
+            pytest.param(ranks, changes, marks=pytest.mark.slow)
+            for ranks, changes in (
+                (4, ["train.batch=128", "loss.centering=sinkhorn", "ibot_head.separate=true", "train.precision=bf16"]),
+                (4, ["model.ffn=swiglu", "model.drop_path=0.4", "model.dim=192", "parallel.prefetch=2", *FEW]),
+                (4, ["parallel.activation_checkpointing=full", "parallel.replicate=2", "parallel.attention=sdpa"]),
+                (
+                    4,
+                    [
+                        "parallel.heads_precision=fp32",
+                        "train.precision=bf16",
+                        "train.microbatch=2",
+                        "train.batch=8",
+                        "dino_head.bottleneck=256",
+                    ],
+                ),
+                (5, []),
             )
         ),
     ],
-    ids=["plain", "several microbatches", "swiglu", "checkpointed, replicated", "hardly any rows"],
+    ids=["plain", "several microbatches", "swiglu", "checkpointed, replicated", "hardly any rows", "padded embeddings"],
 )
-def test_the_plan_is_what_a_traced_step_holds_and_receives(overrides: list[str]) -> None:
-    ranks = 4 if overrides else 2
+def test_the_plan_is_what_a_traced_step_holds_and_receives(ranks: int, overrides: list[str]) -> None:
     batch = [] if any(change.startswith("train.batch") for change in overrides) else [f"train.batch={16 * ranks}"]
     assert_the_plan_is_right(traced(BENCH, ranks, "cpu", [*SMALL, *batch, *overrides]))
 

@@ -24,7 +24,7 @@ from dinov2_fsdp.models.initialise import initialise
 from dinov2_fsdp.optim.groups import clean_name
 from dinov2_fsdp.parallel import sharding
 from dinov2_fsdp.parallel.place import Place
-from dinov2_fsdp.parallel.sharding import build_mesh, build_networks
+from dinov2_fsdp.parallel.sharding import build_mesh, build_networks, split_along
 from dinov2_fsdp.parallel.world import World, end_world, start_world
 from dinov2_fsdp.ssl.ema import Ema
 from dinov2_fsdp.ssl.network import Network
@@ -269,14 +269,16 @@ def teacher_after_an_update(forget: bool) -> list[str]:
     return differing(expected, found)
 
 
-def start_of_a_run() -> tuple[dict[str, Tensor], list[str]]:
-    """Return the student's first weights, and where a sharded teacher's features differ from a plain network's."""
+def start_of_a_run() -> tuple[dict[str, Tensor], list[str], dict[str, tuple[int, ...]]]:
+    """Return the student's first weights, where a sharded teacher's features differ from a plain network's, and the
+    shapes of what this rank holds of each embedding."""
     config = tiny_config(model__registers=4)
     student, teacher, _ = sharded_networks(config, this_world())
     images = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
     with torch.no_grad():
         found, expected = teacher.features(images), plain_network(config).features(images)
-    return weights(student), differing(found, expected)
+    own = {n: tuple(p.to_local().shape) for n, p in student.backbone.named_parameters() if p.shape[0] == 1}
+    return weights(student), differing(found, expected), own
 
 
 def train_all(configs: list[Config]) -> None:
@@ -337,6 +339,32 @@ def test_two_ranks_start_from_the_weights_of_one(two_ranks: list[dict[str, Any]]
 @pytest.mark.distributed
 def test_a_sharded_teacher_gives_features_outside_its_forward(two_ranks: list[dict[str, Any]]) -> None:
     assert [rank["start"][1] for rank in two_ranks] == [[], []]
+
+
+@pytest.mark.distributed
+def test_each_rank_holds_its_channels_of_what_has_a_single_row(two_ranks: list[dict[str, Any]]) -> None:
+    backbone = plain_network(tiny_config(model__registers=4)).backbone
+    dim, positions = backbone.embed_dim, backbone.pos_embed.shape[1]
+    tokens = {"cls_token": (1, 1), "pos_embed": (1, positions), "register_tokens": (1, 4), "mask_token": (1,)}
+    for rank in two_ranks:
+        assert rank["start"][2] == {name: (*shape, dim // 2) for name, shape in tokens.items()}
+
+
+@pytest.mark.parametrize(
+    ("shape", "shards", "dimension"),
+    [
+        ((1, 257, 384), 128, 2),
+        ((1, 384), 3, 1),
+        ((1, 257, 384), 5, None),  # FSDP cannot split it evenly
+        ((1, 257, 384), 1, None),
+        ((384,), 3, None),
+        ((1,), 1, None),
+        ((384, 384), 3, None),
+    ],
+)
+def test_single_rows_are_split_along_their_channels(shape: tuple[int, ...], shards: int, dimension: int | None) -> None:
+    found = split_along(nn.Parameter(torch.empty(shape, device="meta")), shards)
+    assert (None if found is None else found.dim) == dimension
 
 
 @pytest.mark.distributed

@@ -5,12 +5,14 @@ The order is fixed: activation checkpointing, then compilation, then sharding.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from dinov2_fsdp.config import Config, ParallelConfig
 from dinov2_fsdp.errors import UserError
@@ -63,10 +65,27 @@ def parallelise(network: Network, config: ParallelConfig, mesh: DeviceMesh, prec
         if head is not None:
             fully_shard(head, mesh=mesh, mp_policy=heads_policy, reshard_after_forward=reshard)
     # A root left alone keeps its gathered weights after a forward pass without gradients, for ever.
-    fully_shard(network, mesh=mesh, mp_policy=policy, reshard_after_forward=not trained)
+    fully_shard(
+        network,
+        mesh=mesh,
+        mp_policy=policy,
+        reshard_after_forward=not trained,
+        shard_placement_fn=functools.partial(split_along, shards=mesh.size(mesh.ndim - 1)),
+    )
     register_fsdp_forward_method(network, "features")
     if config.prefetch > 1:
         _prefetch([unit[0] for unit in units], config.prefetch)
+
+
+def split_along(parameter: nn.Parameter, shards: int) -> Shard | None:
+    """Return the dimension along which FSDP splits a parameter; None: the first, with padding to a row for each rank.
+
+    The embeddings of positions, class, registers and mask are one row. Padded, the first alone is 4 % of what 128 ranks
+    of ViT-g exchange, so they are split along their channels; FSDP does that without a remainder only.
+    """
+    last = parameter.ndim - 1
+    single = last > 0 and parameter.shape[0] == 1 and shards > 1 and parameter.shape[last] % shards == 0
+    return Shard(last) if single else None
 
 
 def _prefetch(units: list[nn.Module], ahead: int) -> None:
