@@ -211,7 +211,10 @@ def run(
         values = schedule(step)
         apply_step_values(optimizer, values)
         with monitor.phase("data"):
-            batches = [next(loader).to(world.device).coloured() for _ in range(per_rank)]
+            batches = [next(loader).to(world.device) for _ in range(per_rank)]
+        if config.crops.colours == "device":
+            with monitor.phase("colours"):
+                batches = [batch.coloured() for batch in batches]
         targets = method.targets(batches, values.teacher_temperature)
         losses: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):

@@ -265,4 +265,7 @@ def test_a_run_resumes_bit_for_bit_whatever_the_workers(tmp_path: Path) -> None:
     train_alone(tiny_run(tmp_path / "resumed", data__workers=2, **settings))
     assert differing(saved_tensors(tmp_path / "resumed", 4), saved_tensors(tmp_path / "whole", 4)) == []
     train_alone(tiny_run(tmp_path / "by workers", **{**settings, "crops__colours": "worker"}))
+    # Not as a wait for data, which more workers would not shorten.
+    for name, timed in (("whole", True), ("by workers", False)):
+        assert ("time/colours" in (tmp_path / name / "metrics.jsonl").read_text()) == timed
     assert differing(saved_tensors(tmp_path / "by workers", 4), saved_tensors(tmp_path / "whole", 4)) != []

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from monitored import CPU, lines, make
 
-from dinov2_fsdp.monitor.clock import Clock, Phases
+from dinov2_fsdp.monitor.clock import PHASES, Clock, Phases
 from dinov2_fsdp.monitor.environment import write_environment
 from dinov2_fsdp.monitor.logs import setup_logging
 from dinov2_fsdp.monitor.meters import Meters
@@ -237,7 +237,7 @@ def test_the_eta_follows_the_speed_of_the_last_windows() -> None:
 
 
 def test_an_unknown_phase_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'daat' is unknown; valid: data, teacher"):
+    with pytest.raises(ValueError, match=r"'daat' is unknown; valid: data, colours, teacher"):
         make(tmp_path).phase("daat")
 
 
@@ -282,7 +282,7 @@ def test_kernels_are_timed_on_the_gpu_itself() -> None:
     start = time.perf_counter()
     torch.cuda.synchronize(device)
     waited = time.perf_counter() - start
-    assert phases.totals()[2] == pytest.approx(waited, rel=0.5)
+    assert phases.totals()[PHASES.index("student")] == pytest.approx(waited, rel=0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,6 +324,19 @@ def test_a_resumed_run_flushes_what_the_undisturbed_run_does(tmp_path: Path) -> 
     assert actual == pytest.approx(expected)
     assert lines(tmp_path / "b")[-1]["images"] == 80
     assert lines(tmp_path / "b")[-1]["seconds"] == pytest.approx(lines(tmp_path / "a")[-1]["seconds"])
+
+
+def test_a_state_from_before_phases_were_named_is_continued(tmp_path: Path) -> None:
+    now = FakeTime()
+    whole = make(tmp_path / "a", now=now)
+    _train(whole, now, range(1, 3), torch.Generator().manual_seed(0))
+    state = json.loads(json.dumps(whole.state_dict()))
+    place = 3 * len(state["names"]) + state.pop("phases").index("colours")
+    assert [row.pop(place) for row in state["rows"]] == [0.0]
+    resumed = make(tmp_path / "b", now=now, start_step=2)
+    resumed.load_state_dict(state)
+    found = resumed.flush(2)
+    assert (found["time/data"], found["time/student"]) == pytest.approx((0.265, 1.0))
 
 
 def test_the_state_of_two_ranks_continues_on_one(tmp_path: Path) -> None:

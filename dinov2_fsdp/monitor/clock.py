@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-PHASES = ("data", "teacher", "student", "backward", "optimizer", "ema")
+PHASES = ("data", "colours", "teacher", "student", "backward", "optimizer", "ema")
 """Parts of a step; their time counts into the speed."""
 PAUSES = ("evaluation", "checkpoint")
 """Interruptions between steps; their time counts into the elapsed time, not into the speed."""
@@ -160,14 +160,14 @@ class Phases:
         self.collect(wait=True)
         return list(self.seconds.values())
 
-    def load(self, totals: list[float]) -> None:
-        """Replace the content by what ``totals()`` gave."""
+    def load(self, totals: Mapping[str, float]) -> None:
+        """Replace the content by these seconds; phases without any have had none."""
         self.collect(wait=True)
-        self.seconds = dict(zip(self.seconds, totals, strict=True))
+        self.seconds = {name: totals.get(name, 0.0) for name in self.seconds}
 
     def reset(self) -> None:
         """Forget everything."""
-        self.load([0.0] * len(self.seconds))
+        self.load({})
 
 
 class _Stopwatch(AbstractContextManager[None]):

@@ -20,6 +20,8 @@ from dinov2_fsdp.monitor.meters import Meters, Value
 from dinov2_fsdp.monitor.sinks import JsonLines, TensorBoard
 
 _OWN = ("step", "images", "epoch", "seconds", "time", "nonfinite")
+_FIRST_PHASES = ("data", "teacher", "student", "backward", "optimizer", "ema", "evaluation", "checkpoint")
+"""Those of checkpoints that do not name them."""
 _OWN_METRICS = ("img_per_s", "eta", "data_wait", "memory", "gpu_hours", "core_hours")
 _OWN_PREFIXES = ("time/", "pause/")
 
@@ -161,6 +163,7 @@ class Monitor:
             "step": self._step,
             "clock": self.clock.state_dict(),
             "names": self.meters.names(),
+            "phases": list(self.phase_times.seconds),
             "rows": self._gather().tolist(),
         }
 
@@ -178,7 +181,7 @@ class Monitor:
             phases = rows[:, split:-2].mean(axis=0)
         self._step = state["step"]
         self.meters.load(names, torch.from_numpy(totals).view(3, len(names)))
-        self.phase_times.load(phases.tolist())
+        self.phase_times.load(dict(zip(state.get("phases", _FIRST_PHASES), phases.tolist(), strict=True)))
         self.clock.load_state_dict(state["clock"])
 
     def close(self) -> None:
