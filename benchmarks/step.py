@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,8 @@ from dinov2_fsdp.config import load
 from dinov2_fsdp.monitor.clock import PHASES
 
 ROOT = Path(__file__).resolve().parent.parent
+DROPPED = 0.4
+"""The stochastic depth whose saving is measured, against none."""
 
 
 def products(config: str, overrides: list[str]) -> dict[str, Any]:
@@ -50,17 +53,20 @@ def trained(config: str, steps: int, overrides: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, str(ROOT / "launchers" / "local.py"), "--config", config, "--output-dir", f"{folder}/run",
-            f"train.duration={steps}it", "log.every=1it", "log.tensorboard=false", "eval.every=0it", *overrides,
+            "--nproc", "1", f"train.duration={steps}it", "log.every=1it", "log.tensorboard=false", "eval.every=0it",
+            *overrides,
         ]  # fmt: skip
-        if code := subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+        # What an earlier run has compiled would be taken from the cache.
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": f"{folder}/compiled"}
+        if code := subprocess.run(command, stdout=subprocess.DEVNULL, env=environment, check=False).returncode:
             raise SystemExit(code)
         text = Path(folder, "run", "metrics.jsonl").read_text()
-        environment = json.loads(Path(folder, "run", "environment.json").read_text())
+        machine = json.loads(Path(folder, "run", "environment.json").read_text())
     lines = [json.loads(line) for line in text.splitlines()]
     of_steps = [line for line in lines if "img_per_s" in line]
     saves = [line for line in lines if "checkpoint/stall_s" in line]
     return {
-        "environment": environment,
+        "environment": machine,
         "lines": of_steps,
         "seconds": [_own_seconds(line) for line in of_steps],
         "stall": [line["checkpoint/stall_s"] for line in saves],
@@ -103,62 +109,79 @@ def measure(
 ) -> dict[str, Any]:
     """Return all figures of one precision; ``lightly``: the interpreter that has LightlyTrain, if it is to run too."""
     wanted = [f"train.precision={precision}", *overrides]
-    saves = f"checkpoint.every={max(1, steps // 2)}it"
-    limits, plain, dropped, peers = [], [], [], []
+    asked, settled, no_save = load(config, wanted), steps // 2, "checkpoint.every=0it"
+    limits, peers = [], []
+    # Runs by their stochastic depth: as asked for; and those that its own rows compare.
+    runs: dict[float, list[dict[str, Any]]] = {asked.model.drop_path: [], 0.0: [], DROPPED: []}
     for number in range(rounds):
         print(f"{precision}, round {number + 1} of {rounds} …", file=sys.stderr, flush=True)
         limits.append(products(config, wanted))
-        plain.append(trained(config, steps, [*wanted, "checkpoint.every=0it"]))
-        dropped.append(trained(config, steps, [*wanted, "model.drop_path=0.4", "checkpoint.every=0it"]))
+        for drop, done in runs.items():
+            done.append(trained(config, steps, [*wanted, f"model.drop_path={drop}", no_save]))
         if lightly is not None:
-            peers.append(peer(load(config, wanted), steps, lightly))
-    some = limits[0]
+            peers.append(peer(asked, steps, lightly))
+    some, plain = limits[0], runs[asked.model.drop_path]
     rate = max(limit["flops"] / limit["seconds"] for limit in limits)
-    best, best_dropped = fastest(plain, steps // 2), fastest(dropped, steps // 2)
+    # The products are those of one microbatch.
+    images, flops = (some[key] * (asked.train.batch // some["images"]) for key in ("images", "flops"))
+    best = fastest(plain, settled)
     seconds = _own_seconds(best)
-    fewer = products(config, [*wanted, "model.drop_path=0.4"])
-    student = [line["time/student"] + line["time/backward"] for line in (best, best_dropped)]
-    # Runs of their own: a save that goes on beside the next steps takes their time.
-    saving = trained(config, steps, [*wanted, saves])
-    compiled = trained(config, steps, [*wanted, "parallel.compile=true", "checkpoint.every=0it"])
-    in_all = [run["lines"][-1]["seconds"] - run["lines"][steps // 2 - 1]["seconds"] for run in plain]
-    own = [sum(run["seconds"][steps // 2 :]) + sum(_data(line) for line in run["lines"][steps // 2 :]) for run in plain]
-    stalls = saving["stall"]
+    print(f"{precision}, saves and compiled blocks …", file=sys.stderr, flush=True)
+    student = [products(config, [*wanted, f"model.drop_path={drop}"])["student_flops"] for drop in (0.0, DROPPED)]
+    # Runs of their own: a save that goes on beside the next steps takes their time. The last one ends with its run.
+    every = max(1, settled)
+    stalls = trained(config, 3 * every + 1, [*wanted, f"checkpoint.every={every}it"])["stall"][1:]
+    compiled = {
+        drop: [trained(config, steps, [*wanted, "parallel.compile=true", f"model.drop_path={drop}", no_save])]
+        for drop in runs
+    }
+    of_compiled = compiled[asked.model.drop_path][0]
+    in_all = [run["lines"][-1]["seconds"] - run["lines"][settled - 1]["seconds"] for run in plain]
+    own = [sum(run["seconds"][settled:]) + sum(_data(line) for line in run["lines"][settled:]) for run in plain]
     return {
         "precision": precision,
         "environment": plain[0]["environment"],
         "threads": some["threads"],
-        "images": some["images"],
-        "gflop_per_image": some["flops"] / some["images"] / 1e9,
+        "images": images,
+        "gflop_per_image": flops / images / 1e9,
         "limit_gflop_per_s": rate / 1e9,
         "square_gflop_per_s": max(limit["square_flops_per_s"] for limit in limits) / 1e9,
         "not_counted": some["not_counted"],
         "step_s": seconds,
-        "img_per_s": some["images"] / seconds,
-        "fraction": some["flops"] / seconds / rate,
+        "img_per_s": images / seconds,
+        "fraction": flops / seconds / rate,
         "phases_s": {phase: best.get(f"time/{phase}", 0.0) for phase in PHASES},
-        "data_s": median(_data(line) for run in plain for line in run["lines"][steps // 2 :]),
+        "data_s": median(_data(line) for run in plain for line in run["lines"][settled:]),
         "memory_gib": min(run["memory"] for run in plain),
-        "logging_and_the_rest_s": min(a - b for a, b in zip(in_all, own, strict=True)) / (steps - steps // 2),
+        "logging_and_the_rest_s": min(a - b for a, b in zip(in_all, own, strict=True)) / (steps - settled),
         "stall_s": median(stalls) if stalls else None,
         "drop_path": {
-            "student_s": student,
-            "saved_time": 1 - student[1] / student[0],
-            "saved_operations": 1 - fewer["student_flops"] / some["student_flops"],
+            "saved_time": _saved(runs, settled),
+            "saved_time_compiled": _saved(compiled, settled),
+            "saved_operations": 1 - student[1] / student[0],
         },
         "compile": {
-            "first_step_s": compiled["seconds"][0],
-            "step_s": _own_seconds(fastest([compiled], steps // 2)),
-            "memory_gib": compiled["memory"],
+            "first_step_s": of_compiled["seconds"][0],
+            "step_s": _own_seconds(fastest([of_compiled], settled)),
+            "memory_gib": of_compiled["memory"],
         },
         "lightly_train": {
             "version": peers[0]["version"],
-            "step_s": min(second for run in peers for second in run["seconds"][steps // 2 :]),
+            "step_s": min(second for run in peers for second in run["seconds"][settled:]),
             "memory_gib": min(run["memory"] for run in peers),
         }
         if peers
         else None,
     }
+
+
+def _saved(runs: dict[float, list[dict[str, Any]]], settled: int) -> float:
+    """Return the share of the student's time, forward and backward, that stochastic depth saves."""
+    whole, less = (
+        min(line["time/student"] + line["time/backward"] for run in runs[drop] for line in run["lines"][settled:])
+        for drop in (0.0, DROPPED)
+    )
+    return float(1 - less / whole)
 
 
 def _data(line: dict[str, float]) -> float:
@@ -171,13 +194,18 @@ def table(results: list[dict[str, Any]]) -> str:
         ("limit: the step's own matrix products, GFLOP/s", [f"{r['limit_gflop_per_s']:,.0f}" for r in results]),
         ("one large square product, GFLOP/s", [f"{r['square_gflop_per_s']:,.0f}" for r in results]),
         ("useful operations, GFLOP an image", [f"{r['gflop_per_image']:,.1f}" for r in results]),
+        *(
+            [("not counted in them", [", ".join(r["not_counted"]) or "–" for r in results])]
+            if any(r["not_counted"] for r in results)
+            else []
+        ),
         ("step, s", [f"{r['step_s']:.3f}" for r in results]),
         ("images a second", [f"{r['img_per_s']:.2f}" for r in results]),
         ("**fraction of the limit**", [f"**{100 * r['fraction']:.0f} %**" for r in results]),
         *(
             (f"… {phase}, s", [f"{r['phases_s'][phase]:.3f}" for r in results])
             for phase in PHASES
-            if phase not in ("data", "checkpoint", "evaluation")
+            if phase != "data" and any(r["phases_s"][phase] for r in results)
         ),
         ("data beside it, s a step", [f"{r['data_s']:.3f}" for r in results]),
         ("a line of metrics and all else, s", [f"{r['logging_and_the_rest_s']:.4f}" for r in results]),
@@ -187,10 +215,11 @@ def table(results: list[dict[str, Any]]) -> str:
         ),
         ("peak memory, GiB", [f"{r['memory_gib']:.2f}" for r in results]),
         (
-            "stochastic depth .4: operations of the student saved",
+            f"stochastic depth {DROPPED}: operations of the student saved",
             [f"{100 * r['drop_path']['saved_operations']:.1f} %" for r in results],
         ),
         ("… time of the student saved", [f"{100 * r['drop_path']['saved_time']:.1f} %" for r in results]),
+        ("… compiled", [f"{100 * r['drop_path']['saved_time_compiled']:.1f} %" for r in results]),
         ("compiled: first step, s", [f"{r['compile']['first_step_s']:.1f}" for r in results]),
         ("… step, s", [f"{r['compile']['step_s']:.3f}" for r in results]),
         ("… peak memory, GiB", [f"{r['compile']['memory_gib']:.2f}" for r in results]),

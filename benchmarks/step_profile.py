@@ -46,6 +46,8 @@ WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "cudaStreamSynchronize")
 
 def kind_of(name: str) -> str:
     """Return the kind of an operation or kernel, ``everything else`` where nothing fits."""
+    if name.startswith("_") and not name.startswith("_Z"):
+        return "Python of our own branches"  # autograd functions, without what they call
     lowered = name.lower()
     return next((kind for kind, parts in KINDS.items() if any(p in lowered for p in parts)), "everything else")
 
