@@ -32,7 +32,7 @@ from dinov2_fsdp.data.batch import Microbatch
 from dinov2_fsdp.data.loader import build_loader
 from dinov2_fsdp.data.sources import open_source
 from dinov2_fsdp.models.initialise import initialise
-from dinov2_fsdp.models.products import LEAST_PARTS, by_onednn, linear, packed
+from dinov2_fsdp.models.products import LEAST_PARTS, bmm, by_onednn, linear, packed
 from dinov2_fsdp.parallel.place import place_from_environment
 from dinov2_fsdp.parallel.sharding import build_networks
 from dinov2_fsdp.parallel.world import end_world, start_world
@@ -98,6 +98,8 @@ class ProductRecorder(TorchDispatchMode):
                 second = _operand(right.t())
             if left.numel() and right.numel():
                 self.products[Product(_operand(left), second, left.dtype)] += 1
+        elif func.overloadpacket.__name__ == "convolution" and (batch := _batch_of(*args)):
+            self.products[batch] += 1
         elif func.overloadpacket.__name__ in ("baddbmm", "convolution", "convolution_backward") or (
             "attention" in func.overloadpacket.__name__
         ):
@@ -107,6 +109,15 @@ class ProductRecorder(TorchDispatchMode):
 
 def _operand(tensor: Tensor) -> Operand:
     return Operand(tuple(tensor.shape), tuple(tensor.stride()))
+
+
+def _batch_of(image: Tensor, weight: Tensor, *options: Any) -> Product | None:
+    """Return the batch of products that a convolution by one pixel is, see :func:`dinov2_fsdp.models.products.bmm`."""
+    groups, (rows, inner) = options[-1], weight.shape[:2]
+    if image.dim() != 3 or len(image) != 1 or weight.shape[2] != 1 or rows % groups:
+        return None
+    left, right = (groups, rows // groups, inner), (groups, inner, image.shape[2])
+    return Product(*(Operand(shape, (shape[1] * shape[2], shape[2], 1)) for shape in (left, right)), image.dtype)
 
 
 @dataclass
@@ -167,6 +178,8 @@ def seconds_of(product: Product, device: torch.device) -> float:
     with torch.no_grad():
         if left.dim() == 2 and by_onednn(left, right.t()):
             ways.append(lambda: linear(left, right.t()))
+        if left.dim() == 3 and by_onednn(left[0], right[0]):
+            ways.append(lambda: bmm(left, right))
         if product.right.packed:
             weight = packed(right.t(), LEAST_PARTS)
             ways.append(lambda: linear(left, weight))

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KINDS = {
     "attention": ("attention", "fmha", "flash"),
     "communication": ("nccl", "c10d", "gloo"),
-    "matrix products": ("mm", "gemm", "cutlass", "sm80_xmma", "sm90_xmma", "nvjet", "linear"),
+    "matrix products": ("mm", "gemm", "cutlass", "sm80_xmma", "sm90_xmma", "nvjet", "linear", "mkldnn_convolution"),
     "GELU, gates": ("gelu", "silu"),
     "softmax, losses": ("softmax", "logsumexp", "special_entr", "aten::exp", "aten::log"),
     "norms": ("norm",),

@@ -188,11 +188,50 @@ def test_products_are_those_of_torch(dtype: torch.dtype, transposed: bool) -> No
             torch.testing.assert_close(products.linear(rows, weight, used).double(), expected, **TOLERANCES[dtype])
 
 
-def test_products_with_derivatives_are_those_of_torch() -> None:
-    rows, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
-    assert torch.equal(products.linear(rows, weight), F.linear(rows, weight))
+@pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4), (0, 4)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_with_derivatives_are_those_of_torch(dtype: torch.dtype, bias: bool, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    layer, plain = products.Linear(4, 5, bias).to(dtype), nn.Linear(4, 5, bias).double()
+    plain.load_state_dict(layer.state_dict())
+    rows = torch.randn(shape, dtype=dtype)
+    found = gradients(layer, rows, list(layer.parameters()))
+    for own, other in zip(found, gradients(plain, rows.double(), list(plain.parameters())), strict=True):
+        assert own.dtype == dtype
+        torch.testing.assert_close(own.double(), other, **TOLERANCES[dtype])
+
+
+def test_products_give_only_the_derivatives_that_are_wanted() -> None:
+    rows, weight = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
     products.linear(rows, weight).sum().backward()
-    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, rows.sum(0).expand(5, 4))
+    rows.requires_grad_()
+    products.linear(rows, weight.detach()).sum().backward()
+    torch.testing.assert_close(rows.grad, weight.detach().sum(0).expand(3, 4))
+
+
+def test_products_compute_in_another_type_where_autocast_says_so() -> None:
+    layer, rows = products.Linear(4, 5), torch.randn(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(rows).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_products_of_rows_and_of_batches_are_those_of_torch(dtype: torch.dtype, turned: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(7, 33, width, generator=generator).to(dtype) for width in (12, 20))
+    with torch.no_grad():
+        expected = left.double().transpose(1, 2) @ right.double()
+        if turned:
+            left, right, expected = right, left, expected.transpose(1, 2)
+        found = products.product_of_rows(left[0], right[0])
+        torch.testing.assert_close(found.double(), expected[0], **TOLERANCES[dtype])
+        found = products.bmm(left.transpose(1, 2), right)
+        torch.testing.assert_close(found.double(), expected, **TOLERANCES[dtype])
+        found = products.bmm(left.transpose(1, 2).contiguous(), right.transpose(1, 2).contiguous().transpose(1, 2))
+        torch.testing.assert_close(found.double(), expected, **TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
@@ -347,9 +386,17 @@ def test_onednn_multiplies_in_fp32_where_the_processor_has_wide_registers() -> N
         with torch.no_grad(), Called() as called:
             products.linear(torch.randn(5, 4, dtype=dtype), torch.randn(3, 4, dtype=dtype))
         assert ("_linear_pointwise" in called.names) == expected
+        batch = torch.randn(2, 5, 5, dtype=dtype)
+        with torch.no_grad(), Called() as called:
+            products.product_of_rows(batch[0], batch[1])
+            products.bmm(batch, batch)
+        assert called.names.count("_linear_pointwise") == called.names.count("convolution") == expected
+        assert ("bmm" in called.names) == ("mm" in called.names) == (not expected)
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), Called() as called:
         products.linear(torch.randn(5, 4), torch.randn(3, 4))
-    assert "_linear_pointwise" not in called.names
+        products.product_of_rows(torch.randn(5, 4), torch.randn(5, 3))
+        products.bmm(torch.randn(2, 5, 5), torch.randn(2, 5, 5))
+    assert not {"_linear_pointwise", "convolution"} & set(called.names)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dinov2_fsdp.models.products import linear, packed
+from dinov2_fsdp.models.products import by_onednn, linear, packed, product_of_rows
 
 ACTIVATIONS = ("gelu", "swiglu")
 
@@ -194,7 +194,7 @@ class _ScaledLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, bias, gamma = ctx.saved_tensors
         of_rows = linear(grad, (weight * gamma[:, None]).t())
-        return of_rows, *of_layer_scale(grad.t() @ rows, grad.sum(0), weight, bias, gamma)
+        return of_rows, *of_layer_scale(product_of_rows(grad, rows), grad.sum(0), weight, bias, gamma)
 
 
 class _FeedForward(torch.autograd.Function):
@@ -236,20 +236,17 @@ class _FeedForward(torch.autograd.Function):
         tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept = ctx.saved_tensors
         scaled = weight2 if gamma is None else weight2 * gamma[:, None]
         norm, count = (norm_weight, norm_bias, ctx.eps), len(ctx.slices)
-        # On a CPU, products whose result has its longer side first are faster.
-        turned = count > 1
         out, sums = torch.empty(0), Sums(count)
         for i, some in enumerate(ctx.slices):
             hidden, *statistics = kept[3 * i : 3 * i + 3]
             activated = activate(hidden, ctx.activation)
-            sums.add_product("scaled", *((activated, grad[some]) if turned else (grad[some], activated)))
+            sums.add_product("scaled", grad[some], activated)
             del activated
             sums.add("bias2", grad[some].sum(0))
             of_hidden = _activate_backward(linear(grad[some], scaled.t()), hidden, ctx.activation)
             found = norm_linear_backward(of_hidden, tokens[some], statistics, norm, weight1, sums)
             out = put(found, grad[some] if ctx.onto else None, some, out, tokens, count)
-        of_scaled = sums["scaled"].t().contiguous() if turned else sums["scaled"]
-        of_second = of_layer_scale(of_scaled, sums["bias2"], weight2, bias2, gamma)
+        of_second = of_layer_scale(sums["scaled"], sums["bias2"], weight2, bias2, gamma)
         of_first = (sums[name].to(weight1.dtype) for name in OF_NORM_LINEAR)
         return out, *of_first, *of_second, None, None, None, None
 
@@ -259,24 +256,32 @@ class Sums:
 
     def __init__(self, parts: int) -> None:
         self._totals: dict[str, Tensor] = {}
-        self._wide = parts > 1
+        self._turned: set[str] = set()
+        self._several = parts > 1
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._totals[name]
+        total = self._totals[name]
+        return total.t().contiguous() if name in self._turned else total
 
     def add(self, name: str, term: Tensor) -> None:
         if name in self._totals:
             self._totals[name] += term
         else:
             wide = torch.promote_types(term.dtype, torch.float32)
-            self._totals[name] = term.to(wide) if self._wide else term
+            self._totals[name] = term.to(wide) if self._several else term
 
     def add_product(self, name: str, left: Tensor, right: Tensor) -> None:
         """Add ``leftᵀ · right``."""
-        if name in self._totals and self._totals[name].dtype == left.dtype:
+        onednn = by_onednn(left, right)
+        # A CPU's libraries are faster with one side of the result first: oneDNN with the shorter, MKL with the longer.
+        first, second = left.shape[1], right.shape[1]
+        if self._several and (first > second if onednn else first < second):
+            self._turned.add(name)
+            left, right = right, left
+        if not onednn and name in self._totals and self._totals[name].dtype == left.dtype:
             self._totals[name].addmm_(left.t(), right)
         else:
-            self.add(name, left.t() @ right)
+            self.add(name, product_of_rows(left, right))
 
 
 def _activate_backward(grad: Tensor, hidden: Tensor, activation: str) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2_fsdp.models.products import Linear, linear
+
 
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation with the statistics of the rows at hand, in training and evaluation alike.
@@ -34,7 +36,7 @@ class Prototypes(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         direction = self.weight_v.float()
         weight = direction * (self.weight_g.float() / direction.norm(dim=1, keepdim=True))
-        return F.linear(rows, weight.to(rows.dtype))
+        return linear(rows, weight.to(rows.dtype))
 
 
 class ProjectionHead(nn.Module):
@@ -63,7 +65,7 @@ class ProjectionHead(nn.Module):
         widths = [dim, *[hidden] * (layers - 1), bottleneck]
         modules: list[nn.Module] = []
         for index in range(layers):
-            modules.append(nn.Linear(widths[index], widths[index + 1]))
+            modules.append(Linear(widths[index], widths[index + 1]))
             if index < layers - 1:
                 if batch_norm:
                     modules.append(BatchNorm(hidden))

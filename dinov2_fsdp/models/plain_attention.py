@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dinov2_fsdp.models.layout import Layout
+from dinov2_fsdp.models.products import bmm
 
 CACHED = 2**20
 """Softmax weights that each thread of a CPU computes at a time."""
@@ -63,20 +64,20 @@ def attend_parts(parts: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tens
     """Return what attention gives for :func:`queries_keys_values`, ``(sequences · heads, length, head_dim)``, and the
     softmax weights, written into ``out`` if given."""
     query, key, value = parts
-    scores = torch.bmm(query, key.transpose(1, 2))
+    scores = bmm(query, key.transpose(1, 2))
     weights = torch.softmax(scores, dim=-1, out=scores if out is None else out)
-    return torch.bmm(weights, value), weights
+    return bmm(weights, value), weights
 
 
 def attend_parts_backward(of_out: Tensor, parts: Tensor, weights: Tensor, target: Tensor) -> None:
     """Write the gradient in q, k and v into ``target``, a view as of :func:`by_head`, from that in the result."""
     query, key, value = parts
-    of_weights = torch.bmm(of_out, value.transpose(1, 2))
+    of_weights = bmm(of_out, value.transpose(1, 2))
     of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
     shape = target[0].shape
-    target[0].copy_(torch.bmm(of_scores, key).mul_(shape[-1] ** -0.5).view(shape))
-    target[1].copy_(torch.bmm(of_scores.transpose(1, 2), query).view(shape))
-    target[2].copy_(torch.bmm(weights.transpose(1, 2), of_out).view(shape))
+    target[0].copy_(bmm(of_scores, key).mul_(shape[-1] ** -0.5).view(shape))
+    target[1].copy_(bmm(query.transpose(1, 2), of_scores).transpose(1, 2).view(shape))
+    target[2].copy_(bmm(of_out.transpose(1, 2), weights).transpose(1, 2).view(shape))
 
 
 def _slices(sequences: int, weights: int, device: torch.device) -> Iterator[slice]:

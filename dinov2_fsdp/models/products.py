@@ -7,11 +7,16 @@ In fp32 torch multiplies with MKL, which leaves the wide registers of other make
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+
+LEAST_RESULT = 8192
+"""Elements of each matrix of a batch from which on oneDNN is faster."""
 
 LEAST_PARTS = 4
 """Products with one weight from which on laying it out anew pays."""
@@ -20,12 +25,65 @@ LEAST_PARTS = 4
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``rows · weightᵀ + bias`` for ``(rows, in)`` and ``(out, in)``, as :func:`torch.nn.functional.linear`.
 
-    ``weight`` may be what :func:`packed` gave.
+    ``weight`` may be what :func:`packed` gave, which has no derivative.
     """
-    if weight.is_mkldnn or by_onednn(rows, weight):
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    if not (weight.is_mkldnn or by_onednn(rows, weight)):
+        return F.linear(rows, weight, bias)
+    if torch.is_grad_enabled() and not weight.is_mkldnn:
+        out: Tensor = _Linear.apply(rows, weight, bias)
         return out
-    return F.linear(rows, weight, bias)
+    return _by_onednn(rows, weight, bias)
+
+
+class Linear(nn.Linear):
+    """A linear layer by :func:`linear`, whatever the shape of its rows."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return linear(rows.flatten(0, -2), self.weight, self.bias).unflatten(0, rows.shape[:-1])
+
+
+class _Linear(torch.autograd.Function):
+    """oneDNN's product has no derivative of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return _by_onednn(rows, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        of_rows, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            linear(grad, weight.t()) if of_rows else None,
+            product_of_rows(grad, rows) if of_weight else None,
+            grad.sum(0) if of_bias else None,
+        )
+
+
+def product_of_rows(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``leftᵀ · right``, ``(m, n)``, for ``(rows, m)`` and ``(rows, n)``; has no derivative.
+
+    oneDNN is faster with the shorter side first, and with that side laid out anew.
+    """
+    if not by_onednn(left, right):
+        return left.t() @ right
+    return _by_onednn(left.t().contiguous(), right.t())
+
+
+def bmm(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left · right`` for batches ``(b, m, k)`` and ``(b, k, n)``, as :func:`torch.bmm`; has no derivative.
+
+    oneDNN's only way to batches of fp32 matrices in torch is a convolution by one pixel, a group for each matrix.
+    """
+    batch, rows, inner = left.shape
+    if not by_onednn(left[0], right[0]):
+        return torch.bmm(left, right)
+    columns = right.shape[2]
+    image, weight = right.reshape(1, batch * inner, columns), left.reshape(batch * rows, inner, 1)
+    out = torch.conv1d(image, weight, groups=batch)
+    return out.view(batch, rows, columns)
 
 
 def packed(weight: Tensor, parts: int) -> Tensor:
@@ -34,7 +92,7 @@ def packed(weight: Tensor, parts: int) -> Tensor:
     The result may be opaque: it is for :func:`linear` alone. A backward pass gains nothing: its weights are transposed,
     which is as fast as it is, and slow to lay out.
     """
-    if parts < LEAST_PARTS or not _may_multiply(weight) or isinstance(weight, FakeTensor):
+    if parts < LEAST_PARTS or torch.is_grad_enabled() or isinstance(weight, FakeTensor) or not _may_multiply(weight):
         return weight
     if weight.dtype != torch.float32 and not (weight.dtype == torch.bfloat16 and _knows_bf16()):
         return weight
@@ -45,8 +103,17 @@ def packed(weight: Tensor, parts: int) -> Tensor:
 def by_onednn(rows: Tensor, weight: Tensor) -> bool:
     """Return whether :func:`linear` multiplies these by oneDNN as they are."""
     return (
-        rows.dtype == weight.dtype == torch.float32 and rows.dim() == 2 and rows.numel() > 0 and _may_multiply(weight)
+        rows.dtype == weight.dtype == torch.float32
+        and rows.dim() == 2
+        and rows.numel() > 0
+        and not torch.is_autocast_enabled(rows.device.type)
+        and _may_multiply(weight)
     )
+
+
+def _by_onednn(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return out
 
 
 def _may_multiply(weight: Tensor) -> bool:
@@ -55,8 +122,6 @@ def _may_multiply(weight: Tensor) -> bool:
         and weight.device.type == "cpu"
         and torch.backends.mkldnn.enabled
         and _has_onednn()
-        # It has no derivative: it is for what brings its own.
-        and not torch.is_grad_enabled()
     )
 
 

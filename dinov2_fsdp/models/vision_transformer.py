@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dinov2_fsdp.models.block import LAYER_NORM_EPS, Block
 from dinov2_fsdp.models.layout import Layout
+from dinov2_fsdp.models.products import linear
 from dinov2_fsdp.models.stochastic_depth import DepthPlan
 
 INTERPOLATIONS = ("offset", "exact", "antialias")
@@ -43,8 +44,9 @@ class PatchEmbed(nn.Module):
         # One matrix product: several times faster than the convolution on a CPU and no slower on a GPU.
         rows, columns = height // self.patch, width // self.patch
         patches = images.unflatten(3, (columns, self.patch)).unflatten(2, (rows, self.patch))
-        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(images.shape[0], rows * columns, -1)
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(images.shape[0] * rows * columns, -1)
+        tokens = linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        return tokens.unflatten(0, (images.shape[0], rows * columns))
 
 
 class VisionTransformer(nn.Module):
