@@ -20,7 +20,7 @@ MATH_LONGEST = 512
 """As in :mod:`dinov2_fsdp.models.attention`: longer sequences never keep their attention weights."""
 LOGITS_AT_A_TIME = {"cpu": 2**18, "cuda": 2**25}
 """As in :mod:`dinov2_fsdp.ssl.losses`: logits of which float32 copies exist."""
-ROWS_AT_A_TIME = 512
+ROWS_AT_A_TIME = 1024
 """As in :mod:`dinov2_fsdp.models.frugal`: tokens that each thread of a CPU takes through a branch at a time."""
 WEIGHTS_AT_A_TIME = 2**20
 """As in :mod:`dinov2_fsdp.models.plain_attention`: softmax weights that each thread of a CPU computes at a time."""

@@ -68,6 +68,18 @@ def at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
+def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor says that it is not of MKL's maker."""
+    monkeypatch.setattr(products, "processor_maker", lambda: "AuthenticAMD")
+
+
+@pytest.fixture(params=["AuthenticAMD", "GenuineIntel"])
+def maker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs as on processors of MKL's maker and of another."""
+    monkeypatch.setattr(products, "processor_maker", lambda: request.param)
+
+
+@pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Call it, and the plain modules run from then on."""
     return lambda: monkeypatch.setattr(frugal, "applies", lambda *_: False)
@@ -175,6 +187,7 @@ def test_all_sequences_are_taken_once_each_and_a_few_at_a_time() -> None:
         assert sequences == 1 or sequences * length <= 1.5 * frugal.CACHED_ROWS
 
 
+@pytest.mark.usefixtures("maker")
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_products_are_those_of_torch(dtype: torch.dtype, transposed: bool) -> None:
@@ -188,6 +201,7 @@ def test_products_are_those_of_torch(dtype: torch.dtype, transposed: bool) -> No
             torch.testing.assert_close(products.linear(rows, weight, used).double(), expected, **TOLERANCES[dtype])
 
 
+@pytest.mark.usefixtures("maker")
 @pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4), (0, 4)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -202,6 +216,7 @@ def test_products_with_derivatives_are_those_of_torch(dtype: torch.dtype, bias: 
         torch.testing.assert_close(own.double(), other, **TOLERANCES[dtype])
 
 
+@pytest.mark.usefixtures("maker")
 def test_products_give_only_the_derivatives_that_are_wanted() -> None:
     rows, weight = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
     products.linear(rows, weight).sum().backward()
@@ -211,12 +226,14 @@ def test_products_give_only_the_derivatives_that_are_wanted() -> None:
     torch.testing.assert_close(rows.grad, weight.detach().sum(0).expand(3, 4))
 
 
+@pytest.mark.usefixtures("maker")
 def test_products_compute_in_another_type_where_autocast_says_so() -> None:
     layer, rows = products.Linear(4, 5), torch.randn(3, 4)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(rows).dtype == torch.bfloat16
 
 
+@pytest.mark.usefixtures("maker")
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_products_of_rows_and_of_batches_are_those_of_torch(dtype: torch.dtype, turned: bool) -> None:
@@ -348,6 +365,7 @@ def test_frozen_weights_get_no_gradient_and_the_others_theirs(branch: str, froze
         torch.testing.assert_close(own, other, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.usefixtures("maker")
 @pytest.mark.parametrize("onto", [True, False], ids=["added to its tokens", "alone"])
 @pytest.mark.parametrize("branch", ["feed forward", "attention"])
 def test_branches_in_fp32_are_those_of_the_plain_modules(branch: str, onto: bool, plain: Callable[[], None]) -> None:
@@ -380,6 +398,26 @@ class Called(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize(("text", "maker"), [("vendor_id\t: AuthenticAMD\nmodel\t: 17\n", "AuthenticAMD"), ("", "")])
+def test_a_processor_says_who_made_it(text: str, maker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pathlib.Path.read_text", lambda _: text)
+    assert products.processor_maker.__wrapped__() == maker
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch without MKL has oneDNN alone")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mkl_multiplies_in_fp32_on_processors_of_its_maker(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "processor_maker", lambda: "GenuineIntel")
+    batch = torch.randn(2, 5, 5, dtype=dtype)
+    with torch.no_grad(), Called() as called:
+        products.linear(batch[0], batch[1])
+        products.product_of_rows(batch[0], batch[1])
+        products.bmm(batch, batch)
+        products.packed(batch[0].float(), products.LEAST_PARTS)
+    assert not {"_linear_pointwise", "convolution", "_reorder_linear_weight"} & set(called.names)
+
+
+@pytest.mark.usefixtures("foreign")
 def test_onednn_multiplies_in_fp32_where_the_processor_has_wide_registers() -> None:
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
     for dtype, expected in ((torch.float32, wide), (torch.bfloat16, False), (torch.float64, False)):
@@ -399,6 +437,7 @@ def test_onednn_multiplies_in_fp32_where_the_processor_has_wide_registers() -> N
     assert not {"_linear_pointwise", "convolution"} & set(called.names)
 
 
+@pytest.mark.usefixtures("foreign")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_weight_laid_out_for_many_products_gives_the_same(dtype: torch.dtype, inference: bool) -> None:
@@ -427,6 +466,7 @@ def test_a_weight_is_laid_out_only_where_that_pays_and_can_be() -> None:
             assert products.packed(fake, enough) is fake
 
 
+@pytest.mark.usefixtures("foreign")
 def test_a_branch_of_many_parts_lays_its_weights_out_forward(at_a_time: int) -> None:
     block = Block(DIM, HEADS, WIDTH, "mlp", layer_scale=True)
     block.attn.backend = "math"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
+import torch
+
+CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 FAULTS = """
 import json, resource, torch
@@ -29,3 +33,39 @@ def test_a_cpu_uses_freed_memory_again() -> None:
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     last = json.loads(done.stdout)[-4:]
     assert max(last) < 100, last
+
+
+GROWTH = """
+import json, torch
+from torch import nn
+from dinov2_fsdp.parallel import world
+bounded and world.keep_few_primitives()
+torch.set_num_threads(1)
+
+def mebibytes():
+    pages = int(open("/proc/self/statm").read().split()[1])
+    return pages * 4096 / 2**20
+
+weight = torch.randn(1536, 384).bfloat16()
+def multiply(counts):
+    with torch.no_grad():
+        for count in counts:
+            nn.functional.gelu(nn.functional.linear(torch.randn(count, 384).bfloat16(), weight))
+
+multiply(range(1200, 1100, -1))
+before = mebibytes()
+multiply(range(1100, 900, -1))
+print(mebibytes() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="bf16 is not multiplied by oneDNN here")
+@pytest.mark.parametrize("bounded", [True, False])
+def test_products_of_ever_new_shapes_take_no_more_memory(bounded: bool) -> None:
+    """Left alone they do, which is what the bound is for."""
+    environment = {name: value for name, value in os.environ.items() if name not in CAPACITIES}
+    command = [sys.executable, "-c", f"bounded = {bounded}\n{GROWTH}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    grown = float(done.stdout)
+    assert (grown < 60) if bounded else (grown > 120), grown

@@ -25,7 +25,7 @@ from dinov2_fsdp.models.products import by_onednn, linear, packed, product_of_ro
 
 ACTIVATIONS = ("gelu", "swiglu")
 
-CACHED_ROWS = 512
+CACHED_ROWS = 1024
 """Tokens that each thread of a CPU takes through a branch at a time."""
 
 

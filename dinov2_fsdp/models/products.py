@@ -1,12 +1,14 @@
 """Matrix products by the faster of the two libraries that torch brings for a CPU.
 
-In fp32 torch multiplies with MKL, which leaves the wide registers of other makers' processors unused; oneDNN uses them
-(docs/performance.md; measured on an AMD EPYC alone, and chosen wherever there is AVX-512).
+In fp32 torch multiplies with MKL, which leaves the wide registers of other makers' processors unused; oneDNN uses them.
+Where MKL uses them too it is faster (docs/performance.md; measured on an AMD EPYC and an Intel Xeon with AVX-512).
 """
 
 from __future__ import annotations
 
 import functools
+import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
-
-LEAST_RESULT = 8192
-"""Elements of each matrix of a batch from which on oneDNN is faster."""
 
 LEAST_PARTS = 4
 """Products with one weight from which on laying it out anew pays."""
@@ -94,7 +93,7 @@ def packed(weight: Tensor, parts: int) -> Tensor:
     """
     if parts < LEAST_PARTS or torch.is_grad_enabled() or isinstance(weight, FakeTensor) or not _may_multiply(weight):
         return weight
-    if weight.dtype != torch.float32 and not (weight.dtype == torch.bfloat16 and _knows_bf16()):
+    if not (_fp32_by_onednn() if weight.dtype == torch.float32 else weight.dtype == torch.bfloat16 and _knows_bf16()):
         return weight
     out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return out
@@ -108,6 +107,7 @@ def by_onednn(rows: Tensor, weight: Tensor) -> bool:
         and rows.numel() > 0
         and not torch.is_autocast_enabled(rows.device.type)
         and _may_multiply(weight)
+        and _fp32_by_onednn()
     )
 
 
@@ -128,6 +128,21 @@ def _may_multiply(weight: Tensor) -> bool:
 @functools.cache
 def _knows_bf16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _fp32_by_onednn() -> bool:
+    """Return whether MKL is not the better choice: it has wide kernels for processors of its own maker alone."""
+    return processor_maker() != "GenuineIntel" or not torch.backends.mkl.is_available()
+
+
+@functools.cache
+def processor_maker() -> str:
+    """Return what this machine's processor says its maker is, as ``GenuineIntel``; empty where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "GenuineIntel" if "GenuineIntel" in platform.processor() else ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 @functools.cache

@@ -17,6 +17,9 @@ from dinov2_fsdp.parallel.place import Place, available_cores, check_devices
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Of ``malloc.h``."""
 
+_PRIMITIVES = 64
+"""As many as a step needs of the shapes that all steps have."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -55,6 +58,7 @@ def start_world(config: ParallelConfig, place: Place, deterministic: bool = Fals
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
+        keep_few_primitives()
     # A hung rank is named by `Pulse` after the configured time; the collectives' own limit comes after that.
     limit = timedelta(seconds=1.2 * config.timeout + 30)
     common: dist.Store
@@ -81,6 +85,16 @@ def keep_freed_memory() -> None:
     if os.name == "posix" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
         library.mallopt(_TRIM_THRESHOLD, 512 << 20)
+
+
+def keep_few_primitives() -> None:
+    """Let oneDNN and torch's layer over it remember their last few kernels alone; call it before either is used.
+
+    They keep one for every shape that they ever met, up to a thousand, a MiB or so each; and hardly two steps hide as
+    many patches. A run would grow by a hundred MiB a step, for kernels that it never needs again.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(_PRIMITIVES))
 
 
 def _store(place: Place) -> dist.Store | None:
