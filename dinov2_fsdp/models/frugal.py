@@ -102,8 +102,11 @@ def put(part: Tensor, onto: Tensor | None, rows: slice, whole: Tensor, like: Ten
 
     That is new memory as ``like`` if it is empty; none for a single part, which may be overwritten.
     """
+    if parts == 1 and onto is not None:
+        # torch 2.11 loses what is added in place to a gradient that it compiles.
+        return part + onto if torch.compiler.is_compiling() else part.add_(onto)
     if parts == 1:
-        return part if onto is None else part.add_(onto)
+        return part
     whole = whole if whole.numel() else torch.empty_like(like)
     if onto is None:
         whole[rows] = part
