@@ -1,7 +1,7 @@
 """Everything that wants a GPU, in one call: what is right first, then how fast it is.
 
     python benchmarks/gpu.py --seconds 540 --output runs/gpu
-    python benchmarks/gpu.py --seconds 540 --output runs/gpu --parts recipes step
+    python benchmarks/gpu.py --seconds 540 --output runs/gpu_2 --parts recipes step
     python benchmarks/gpu.py --device cpu --small       # the harness itself, in about a minute; --list: the parts
 
 Each part is a process of its own with its own limit. What it prints is kept in the folder, as NAME.txt and NAME.log,
@@ -379,7 +379,12 @@ def main() -> int:
     if arguments.check:
         with tempfile.TemporaryDirectory() as folder:
             return 0 if CHECKS[arguments.check](arguments.overrides, Path(folder)) else 1
-    everything = parts(check_devices(arguments.device, 1, visible_gpus()), arguments.small, arguments.output.resolve())
+    if arguments.overrides:
+        raise UserError(f"{arguments.overrides[0]}: there is nothing to override here; --small is the only other size")
+    device = check_devices(arguments.device, 1, visible_gpus())
+    if device == "cpu" and arguments.device == "auto":
+        raise UserError("there is no GPU here; --device cpu --small tries the harness itself on a CPU")
+    everything = parts(device, arguments.small, arguments.output.resolve())
     if unknown := set(arguments.parts or ()) - {part.name for part in everything}:
         names = ", ".join(part.name for part in everything)
         raise UserError(f"--parts {' '.join(sorted(unknown))}: there are no such parts; valid: {names}")
@@ -389,6 +394,8 @@ def main() -> int:
             print(f"{part.name}: {part.what}" + (f" ({part.skipped})" if part.skipped else ""))
         return 0
     arguments.output.mkdir(parents=True, exist_ok=True)
+    if (arguments.output / "summary.md").exists():
+        raise UserError(f"{arguments.output} holds an earlier call's results; choose another --output")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the part under way ends too
     results = run_all(chosen, arguments.output.resolve(), arguments.seconds)
     print(f"\n{arguments.output / 'summary.md'}")

@@ -216,6 +216,28 @@ def test_products_with_derivatives_are_those_of_torch(dtype: torch.dtype, bias: 
         torch.testing.assert_close(own.double(), other, **TOLERANCES[dtype])
 
 
+class Shapes(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[list[tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("mm", "addmm"):
+            self.found.append([tuple(arg.shape) for arg in args if isinstance(arg, Tensor)])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not products._knows_bf16() or not products._has_onednn(), reason="bf16 is not oneDNN's here")
+def test_few_rows_of_bf16_have_one_of_few_shapes() -> None:
+    layer, found = products.Linear(4, 5).bfloat16(), []
+    for count in (65, 100, 127, 128, 129):
+        with Shapes() as shapes:
+            layer(torch.randn(count, 4, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+        assert len(shapes.found) == 3
+        found.append(shapes.found)
+    assert found[0] == found[1] == found[2] == found[3] != found[4]
+
+
 @pytest.mark.usefixtures("maker")
 def test_products_give_only_the_derivatives_that_are_wanted() -> None:
     rows, weight = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)

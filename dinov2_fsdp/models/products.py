@@ -20,34 +20,42 @@ from torch.autograd.function import once_differentiable
 LEAST_PARTS = 4
 """Products with one weight from which on laying it out anew pays."""
 
+FEW_ROWS = 1024
+ROWS_ALIKE = 64
+"""Fewer than so many rows of bf16 are filled up with zeros to a multiple of this, for oneDNN to know their shape again:
+hardly two steps hide as many patches, and making a kernel takes longer than multiplying so few rows."""
+
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``rows · weightᵀ + bias`` for ``(rows, in)`` and ``(out, in)``, as :func:`torch.nn.functional.linear`.
 
     ``weight`` may be what :func:`packed` gave, which has no derivative.
     """
-    if not (weight.is_mkldnn or by_onednn(rows, weight)):
-        return F.linear(rows, weight, bias)
-    if torch.is_grad_enabled() and not weight.is_mkldnn:
+    if weight.is_mkldnn:
+        return _by_onednn(rows, weight, bias)
+    onednn, fill = by_onednn(rows, weight), _to_fill(rows, weight)
+    if torch.is_grad_enabled() and (onednn or fill):
         out: Tensor = _Linear.apply(rows, weight, bias)
         return out
-    return _by_onednn(rows, weight, bias)
+    if onednn:
+        return _by_onednn(rows, weight, bias)
+    return F.linear(_filled(rows), weight, bias)[: len(rows)] if fill else F.linear(rows, weight, bias)
 
 
 class Linear(nn.Linear):
-    """A linear layer by :func:`linear`, whatever the shape of its rows."""
+    """A linear layer by :func:`linear`, for ``(…, rows, in)``."""
 
     def forward(self, rows: Tensor) -> Tensor:
         return linear(rows.flatten(0, -2), self.weight, self.bias).unflatten(0, rows.shape[:-1])
 
 
 class _Linear(torch.autograd.Function):
-    """oneDNN's product has no derivative of its own."""
+    """oneDNN's product has no derivative of its own, and torch's would not be filled up. Once differentiable."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(rows, weight)
-        return _by_onednn(rows, weight, bias)
+        return linear(rows, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -66,9 +74,11 @@ def product_of_rows(left: Tensor, right: Tensor) -> Tensor:
 
     oneDNN is faster with the shorter side first, and with that side laid out anew.
     """
-    if not by_onednn(left, right):
-        return left.t() @ right
-    return _by_onednn(left.t().contiguous(), right.t())
+    if by_onednn(left, right):
+        return _by_onednn(left.t().contiguous(), right.t())
+    if _to_fill(left, right):
+        left, right = _filled(left), _filled(right)
+    return left.t() @ right
 
 
 def bmm(left: Tensor, right: Tensor) -> Tensor:
@@ -109,6 +119,23 @@ def by_onednn(rows: Tensor, weight: Tensor) -> bool:
         and _may_multiply(weight)
         and _fp32_by_onednn()
     )
+
+
+def _to_fill(rows: Tensor, other: Tensor) -> bool:
+    return (
+        rows.dtype == other.dtype == torch.bfloat16
+        and rows.dim() == 2
+        and 0 < len(rows) < FEW_ROWS
+        and len(rows) % ROWS_ALIKE > 0
+        and not torch.is_autocast_enabled(rows.device.type)
+        and not isinstance(rows, FakeTensor)
+        and _may_multiply(other)
+        and _knows_bf16()
+    )
+
+
+def _filled(rows: Tensor) -> Tensor:
+    return F.pad(rows, (0, 0, 0, -len(rows) % ROWS_ALIKE))
 
 
 def _by_onednn(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -17,8 +17,8 @@ from dinov2_fsdp.parallel.place import Place, available_cores, check_devices
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Of ``malloc.h``."""
 
-_PRIMITIVES = 64
-"""As many as a step needs of the shapes that all steps have."""
+_PRIMITIVES = 96
+"""Some more than come again in the next step: fewer would be made anew in every step, more would keep more memory."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def keep_freed_memory() -> None:
 def keep_few_primitives() -> None:
     """Let oneDNN and torch's layer over it remember their last few kernels alone; call it before either is used.
 
-    They keep one for every shape that they ever met, up to a thousand, a MiB or so each; and hardly two steps hide as
-    many patches. A run would grow by a hundred MiB a step, for kernels that it never needs again.
+    They keep one for every shape that they ever met, up to a thousand, with some MiB of memory each; and hardly two
+    steps hide as many patches. A run would grow by a hundred MiB a step, for kernels that it never needs again.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(_PRIMITIVES))

@@ -122,7 +122,8 @@ class SinkhornCentering:
     @torch.no_grad()
     def targets(self, logits: list[Tensor], temperature: float) -> list[Tensor]:
         scores = [chunk.float() / temperature for chunk in logits]
-        rows = torch.tensor(float(sum(len(chunk) for chunk in logits)), device=logits[0].device)
+        # Filled in on the device: a copy of a number would make the host wait for it.
+        rows = torch.full((), float(sum(map(len, logits))), device=logits[0].device)
         if _several_ranks():
             dist.all_reduce(rows)
         log_rows = rows.clamp(min=1).log()
