@@ -1,4 +1,4 @@
-"""A SLURM that says what a test wants, and a user without settings."""
+"""A SLURM that says what a test wants, a user without settings, and processors of one maker or another."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from dinov2_fsdp.models import products
 
 
 @pytest.fixture
@@ -46,3 +48,15 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]
         return folder
 
     return write
+
+
+@pytest.fixture
+def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor says that it is not of MKL's maker."""
+    monkeypatch.setattr(products, "processor_maker", lambda: "AuthenticAMD")
+
+
+@pytest.fixture(params=["AuthenticAMD", "GenuineIntel"])
+def maker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test runs as on processors of MKL's maker and of another."""
+    monkeypatch.setattr(products, "processor_maker", lambda: request.param)

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from operations import Called, gradients
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov2_fsdp.models import frugal, frugal_attention, products
 from dinov2_fsdp.models.block import Block
@@ -21,11 +20,6 @@ from dinov2_fsdp.models.layout import Layout
 from dinov2_fsdp.models.plain_attention import attend_plainly
 
 DIM, WIDTH, ROWS = 12, 20, 31
-TOLERANCES = {
-    torch.float64: {"rtol": 1e-12, "atol": 1e-12},
-    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
-    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
-}
 HEADS, LAYOUT = 3, Layout(((2, 8), (5, 3)))
 
 
@@ -51,32 +45,12 @@ def everything(*layers: nn.Module, gamma: nn.Parameter | None) -> list[nn.Parame
     return found if gamma is None else [*found, gamma]
 
 
-def gradients(function: Callable[[Tensor], Tensor], rows: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
-    """Return the output of a function of ``rows`` and the gradients of a random sum of it."""
-    rows = rows.clone().requires_grad_()
-    out = function(rows)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
-    return [out.detach(), *torch.autograd.grad((out * weights).sum(), [rows, *parameters])]
-
-
 @pytest.fixture(params=[512, 7], ids=["whole", "a few rows at a time"], autouse=True)
 def at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Every test of this file runs with activations that are computed whole, and a few rows at a time."""
     monkeypatch.setattr(frugal, "CACHED_ROWS", request.param)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     return int(request.param)
-
-
-@pytest.fixture
-def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The processor says that it is not of MKL's maker."""
-    monkeypatch.setattr(products, "processor_maker", lambda: "AuthenticAMD")
-
-
-@pytest.fixture(params=["AuthenticAMD", "GenuineIntel"])
-def maker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test runs as on processors of MKL's maker and of another."""
-    monkeypatch.setattr(products, "processor_maker", lambda: request.param)
 
 
 @pytest.fixture
@@ -185,92 +159,6 @@ def test_all_sequences_are_taken_once_each_and_a_few_at_a_time() -> None:
         length = 8 if rows.start < 16 else 3
         assert rows.stop - rows.start == sequences * length
         assert sequences == 1 or sequences * length <= 1.5 * frugal.CACHED_ROWS
-
-
-@pytest.mark.usefixtures("maker")
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_products_are_those_of_torch(dtype: torch.dtype, transposed: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows, bias = torch.randn(37, 20, generator=generator), torch.randn(12, generator=generator)
-    weight = torch.randn(20, 12, generator=generator).t() if transposed else torch.randn(12, 20, generator=generator)
-    rows, weight, bias = rows.to(dtype), weight.to(dtype), bias.to(dtype)
-    with torch.no_grad():
-        for used in (bias, None):
-            expected = F.linear(rows.double(), weight.double(), None if used is None else used.double())
-            torch.testing.assert_close(products.linear(rows, weight, used).double(), expected, **TOLERANCES[dtype])
-
-
-@pytest.mark.usefixtures("maker")
-@pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4), (0, 4)])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_with_derivatives_are_those_of_torch(dtype: torch.dtype, bias: bool, shape: tuple[int, ...]) -> None:
-    torch.manual_seed(0)
-    layer, plain = products.Linear(4, 5, bias).to(dtype), nn.Linear(4, 5, bias).double()
-    plain.load_state_dict(layer.state_dict())
-    rows = torch.randn(shape, dtype=dtype)
-    found = gradients(layer, rows, list(layer.parameters()))
-    for own, other in zip(found, gradients(plain, rows.double(), list(plain.parameters())), strict=True):
-        assert own.dtype == dtype
-        torch.testing.assert_close(own.double(), other, **TOLERANCES[dtype])
-
-
-class Shapes(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[list[tuple[int, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in ("mm", "addmm"):
-            self.found.append([tuple(arg.shape) for arg in args if isinstance(arg, Tensor)])
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.skipif(not products._knows_bf16() or not products._has_onednn(), reason="bf16 is not oneDNN's here")
-def test_few_rows_of_bf16_have_one_of_few_shapes() -> None:
-    layer, found = products.Linear(4, 5).bfloat16(), []
-    for count in (65, 100, 127, 128, 129):
-        with Shapes() as shapes:
-            layer(torch.randn(count, 4, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
-        assert len(shapes.found) == 3
-        found.append(shapes.found)
-    assert found[0] == found[1] == found[2] == found[3] != found[4]
-
-
-@pytest.mark.usefixtures("maker")
-def test_products_give_only_the_derivatives_that_are_wanted() -> None:
-    rows, weight = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
-    products.linear(rows, weight).sum().backward()
-    torch.testing.assert_close(weight.grad, rows.sum(0).expand(5, 4))
-    rows.requires_grad_()
-    products.linear(rows, weight.detach()).sum().backward()
-    torch.testing.assert_close(rows.grad, weight.detach().sum(0).expand(3, 4))
-
-
-@pytest.mark.usefixtures("maker")
-def test_products_compute_in_another_type_where_autocast_says_so() -> None:
-    layer, rows = products.Linear(4, 5), torch.randn(3, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(rows).dtype == torch.bfloat16
-
-
-@pytest.mark.usefixtures("maker")
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_products_of_rows_and_of_batches_are_those_of_torch(dtype: torch.dtype, turned: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(7, 33, width, generator=generator).to(dtype) for width in (12, 20))
-    with torch.no_grad():
-        expected = left.double().transpose(1, 2) @ right.double()
-        if turned:
-            left, right, expected = right, left, expected.transpose(1, 2)
-        found = products.product_of_rows(left[0], right[0])
-        torch.testing.assert_close(found.double(), expected[0], **TOLERANCES[dtype])
-        found = products.bmm(left.transpose(1, 2), right)
-        torch.testing.assert_close(found.double(), expected, **TOLERANCES[dtype])
-        found = products.bmm(left.transpose(1, 2).contiguous(), right.transpose(1, 2).contiguous().transpose(1, 2))
-        torch.testing.assert_close(found.double(), expected, **TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
@@ -408,84 +296,6 @@ def test_branches_in_fp32_are_those_of_the_plain_modules(branch: str, onto: bool
     plain()
     for own, other in zip(found, gradients(run, rows.detach(), parameters), strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
-
-
-class Called(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(("text", "maker"), [("vendor_id\t: AuthenticAMD\nmodel\t: 17\n", "AuthenticAMD"), ("", "")])
-def test_a_processor_says_who_made_it(text: str, maker: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pathlib.Path.read_text", lambda _: text)
-    assert products.processor_maker.__wrapped__() == maker
-
-
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch without MKL has oneDNN alone")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mkl_multiplies_in_fp32_on_processors_of_its_maker(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "processor_maker", lambda: "GenuineIntel")
-    batch = torch.randn(2, 5, 5, dtype=dtype)
-    with torch.no_grad(), Called() as called:
-        products.linear(batch[0], batch[1])
-        products.product_of_rows(batch[0], batch[1])
-        products.bmm(batch, batch)
-        products.packed(batch[0].float(), products.LEAST_PARTS)
-    assert not {"_linear_pointwise", "convolution", "_reorder_linear_weight"} & set(called.names)
-
-
-@pytest.mark.usefixtures("foreign")
-def test_onednn_multiplies_in_fp32_where_the_processor_has_wide_registers() -> None:
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    for dtype, expected in ((torch.float32, wide), (torch.bfloat16, False), (torch.float64, False)):
-        with torch.no_grad(), Called() as called:
-            products.linear(torch.randn(5, 4, dtype=dtype), torch.randn(3, 4, dtype=dtype))
-        assert ("_linear_pointwise" in called.names) == expected
-        batch = torch.randn(2, 5, 5, dtype=dtype)
-        with torch.no_grad(), Called() as called:
-            products.product_of_rows(batch[0], batch[1])
-            products.bmm(batch, batch)
-        assert called.names.count("_linear_pointwise") == called.names.count("convolution") == expected
-        assert ("bmm" in called.names) == ("mm" in called.names) == (not expected)
-    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), Called() as called:
-        products.linear(torch.randn(5, 4), torch.randn(3, 4))
-        products.product_of_rows(torch.randn(5, 4), torch.randn(5, 3))
-        products.bmm(torch.randn(2, 5, 5), torch.randn(2, 5, 5))
-    assert not {"_linear_pointwise", "convolution"} & set(called.names)
-
-
-@pytest.mark.usefixtures("foreign")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("inference", [False, True])
-def test_a_weight_laid_out_for_many_products_gives_the_same(dtype: torch.dtype, inference: bool) -> None:
-    weight, bias = torch.randn(48, 40, dtype=torch.float64), torch.randn(48, dtype=torch.float64)
-    with torch.inference_mode(inference), torch.no_grad():
-        packed = products.packed(weight.to(dtype), products.LEAST_PARTS)
-        assert packed.is_mkldnn == (torch.backends.cpu.get_cpu_capability() == "AVX512")
-        for count in (1, 7, 300):
-            rows = torch.randn(count, 40, dtype=torch.float64)
-            found = products.linear(rows.to(dtype), packed, bias.to(dtype)).double()
-            expected = rows @ weight.t() + bias
-            assert (found - expected).norm() <= (1e-6 if dtype == torch.float32 else 1e-2) * expected.norm()
-
-
-def test_a_weight_is_laid_out_only_where_that_pays_and_can_be() -> None:
-    weight, enough = torch.randn(8, 4), products.LEAST_PARTS
-    assert products.packed(weight, enough) is weight  # with gradients
-    with torch.no_grad():
-        assert products.packed(weight, enough - 1) is weight
-        wide = weight.double()
-        assert products.packed(wide, enough) is wide
-        with torch.backends.mkldnn.flags(enabled=False):
-            assert products.packed(weight, enough) is weight
-        with FakeTensorMode():
-            fake = torch.randn(8, 4)
-            assert products.packed(fake, enough) is fake
 
 
 @pytest.mark.usefixtures("foreign")
