@@ -39,7 +39,10 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return out
     if onednn:
         return _by_onednn(rows, weight, bias)
-    return F.linear(_filled(rows), weight, bias)[: len(rows)] if fill else F.linear(rows, weight, bias)
+    if not fill:
+        return F.linear(rows, weight, bias)
+    # Not a slice: FSDP warns of outputs that are views.
+    return F.linear(_filled(rows), weight, bias).resize_(len(rows), len(weight))
 
 
 class Linear(nn.Linear):
