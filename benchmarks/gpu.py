@@ -132,7 +132,7 @@ def parts(device: str, small: bool, output: Path) -> list[Part]:
                 "step", "--rounds", "1", "--steps", "6", "--precision", "bf16", "--lightly", "none",
                 "--output", str(output / "step.json"),
             ),
-            least=90, skipped="takes minutes whatever the size; run benchmarks/step.py" if small else "",
+            least=300, skipped="takes minutes whatever the size; run benchmarks/step.py" if small else "",
         ),
     ]  # fmt: skip
 
