@@ -2,27 +2,73 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 from dinov2_fsdp.config import Config, microbatches_per_rank
 from dinov2_fsdp.counts import count_parameters, state_bytes, step_flops_per_image
 from dinov2_fsdp.duration import Duration
+from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.footprint import footprint, traffic, ways_to_fit
 from dinov2_fsdp.optim.schedules import scaled_learning_rate
 
 GIB = 2**30
-GPUS = {"A100": 312e12, "H100 or H200": 989e12}
-"""Dense bf16 operations a second, as their maker states them."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU: its memory in GiB, and the dense bf16 operations a second that its maker states."""
+
+    name: str
+    gib: float
+    flops: float
+
+
+GPUS = (
+    Gpu("A100", 80, 312e12),
+    Gpu("A100-40GB", 40, 312e12),
+    Gpu("H100", 80, 989e12),
+    Gpu("H200", 140, 989e12),
+    Gpu("B200", 180, 2250e12),
+    Gpu("L40S", 44, 362e12),
+    Gpu("RTX4090", 24, 165e12),
+)
+USUAL = {"A100": 312e12, "H100 or H200": 989e12}
+USUAL_GIB = 80.0
+"""What a plan is for where nobody said which GPU."""
+
+
+def gpu_of(text: str) -> Gpu:
+    """Return the GPU of a name, upper or lower case, or of ``GIB,TFLOPS``, as ``48,155``.
+
+    Raises:
+        UserError: it is neither.
+    """
+    for gpu in GPUS:
+        if text.upper() == gpu.name.upper():
+            return gpu
+    try:
+        gib, tflops = (float(number) for number in text.split(","))
+    except ValueError:
+        gib = tflops = math.nan
+    if 0 < gib < math.inf and 0 < tflops < math.inf:
+        return Gpu(f"a GPU of {tflops:g} TFLOP/s", gib, tflops * 1e12)
+    names = ", ".join(gpu.name for gpu in GPUS)
+    raise UserError(f"--gpu {text} is unknown; valid: {names}, or memory and speed as GIB,TFLOPS (bf16, dense): 48,155")
+
+
 EFFICIENCY = 0.4
 """What part of it a run is taken to reach; not measured here."""
 USABLE = 0.9
 """What part of a GPU's memory a step may fill: libraries, fragments and the step's temporaries need the rest."""
 
 
-def plan(config: Config, processes: int, kind: str, images: int | None, gpu_gib: float = 80.0) -> str:
+def plan(config: Config, processes: int, kind: str, images: int | None, gpu: Gpu | None = None) -> str:
     """Return the plan of a run, for people.
 
     Args:
         processes: ranks. kind: ``cpu`` or ``cuda``. images: size of the data set, None where nobody has counted.
-        gpu_gib: memory of one GPU, above which a warning names what would fit.
+        gpu: what the hours are for; a warning names what would fit into its memory. None: two usual ones, of 80 GiB.
     """
     held = footprint(config, processes, kind)
     parameters = count_parameters(config)
@@ -63,17 +109,17 @@ def plan(config: Config, processes: int, kind: str, images: int | None, gpu_gib:
         parts = ", ".join(f"{name} {amount / GIB:.3g}" for name, amount in moved.items())
         lines["traffic per step"] = f"{sum(moved.values()) / GIB:.3g} GiB into each process: {parts}"
     if kind == "cuda" and known:
-        seconds = {
-            name: flops * config.train.batch * total / (processes * EFFICIENCY * peak) for name, peak in GPUS.items()
-        }
+        times = [(gpu.name, gpu.flops)] if gpu else USUAL.items()
+        work = flops * config.train.batch * total / (processes * EFFICIENCY)
         lines["time"] = f"at {EFFICIENCY:.0%} of the GPUs' peak (an assumption): " + ", ".join(
-            f"{needed / 3600:,.1f} hours on {name}" for name, needed in seconds.items()
+            f"{work / peak / 3600:,.1f} hours on {name}" for name, peak in times
         )
     width = max(map(len, lines))
     text = "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
-    if kind == "cuda" and held.total > USABLE * gpu_gib * GIB:
-        ways = ways_to_fit(config, processes, kind, USABLE * gpu_gib * GIB)
-        text += f"\nwarning: that is too much for a GPU of {gpu_gib:g} GiB; "
+    gib = gpu.gib if gpu else USUAL_GIB
+    if kind == "cuda" and held.total > USABLE * gib * GIB:
+        ways = ways_to_fit(config, processes, kind, USABLE * gib * GIB)
+        text += f"\nwarning: that is too much for a GPU of {gib:g} GiB; "
         text += (
             f"what would fit: {', or '.join(ways)}"
             if ways

@@ -49,6 +49,7 @@ from dinov2_fsdp.parallel.place import (
 
 if TYPE_CHECKING:
     from dinov2_fsdp.config import Config
+    from dinov2_fsdp.planner import Gpu
 
 LOCK = ".lock"
 """File in a run directory that whoever trains there holds locked."""
@@ -70,6 +71,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--overwrite", action="store_true", help="delete the run that is in the directory and start anew"
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, start nothing")
+    parser.add_argument(
+        "--gpu", help="with --dry-run: plan for so many (--nproc) of these, as H200 or GIB,TFLOPS, present or not"
+    )
     parser.add_argument("--keys", action="store_true", help="list every key of the config with its default")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the config")
     return parser.parse_intermixed_args(arguments)
@@ -91,7 +95,9 @@ def main() -> int:
     processes = place.world_size if started else default if arguments.nproc is None else arguments.nproc
     if processes < 1:
         raise UserError(f"--nproc {processes} is impossible; valid: 1 or more")
-    kind = check_devices(config.parallel.device, place.local_world_size if started else processes, gpus)
+    gpu = _planned_gpu(arguments)
+    here = place.local_world_size if started else processes
+    kind = "cuda" if gpu else check_devices(config.parallel.device, here, gpus)
     microbatches_per_rank(config, processes)
     _check_parallel(config, processes, kind)
     with contextlib.ExitStack() as held:
@@ -101,7 +107,7 @@ def main() -> int:
             if arguments.dry_run:
                 from dinov2_fsdp.planner import plan
 
-                print(plan(config, processes, kind, images))
+                print(plan(config, processes, kind, images, gpu))
             elif place.launcher is None:
                 check_run_directory(config, arguments.overwrite)
                 if place.life is None:
@@ -111,6 +117,16 @@ def main() -> int:
         if started or processes == 1:
             return _work(config)
         return _start_processes(processes, config.parallel.threads)
+
+
+def _planned_gpu(arguments: argparse.Namespace) -> Gpu | None:
+    if arguments.gpu is None:
+        return None
+    if not arguments.dry_run:
+        raise UserError(f"--gpu {arguments.gpu} is what a plan is for; add --dry-run")
+    from dinov2_fsdp.planner import gpu_of
+
+    return gpu_of(arguments.gpu)
 
 
 def _print_keys() -> int:

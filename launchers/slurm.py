@@ -33,6 +33,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--overwrite", action="store_true", help="delete the run that is in the directory and start anew"
     )
     parser.add_argument("--dry-run", action="store_true", help="print script, environment and plan; needs no cluster")
+    parser.add_argument("--gpu", help="with --dry-run: what the plan is for, as H200 or GIB,TFLOPS")
     parser.add_argument("--follow", action="store_true", help="show state and progress; Ctrl-C leaves the job alone")
     parser.add_argument(
         "--array",

@@ -14,10 +14,11 @@ from dinov2_fsdp.config import Config, load
 from dinov2_fsdp.counts import count_parameters, masked_patches
 from dinov2_fsdp.data.loader import build_loader
 from dinov2_fsdp.data.sources import open_source
+from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.footprint import activation_bytes, footprint, logits_bytes, traffic, ways_to_fit
 from dinov2_fsdp.models import attention, frugal, plain_attention
 from dinov2_fsdp.models.initialise import initialise
-from dinov2_fsdp.planner import plan
+from dinov2_fsdp.planner import GPUS, gpu_of, plan
 from dinov2_fsdp.ssl import losses
 from dinov2_fsdp.ssl.network import Network
 from dinov2_fsdp.ssl.step import SelfDistillation
@@ -137,7 +138,7 @@ def test_sinkhorn_keeps_the_targets_of_all_microbatches() -> None:
 
 def test_what_does_not_fit_is_said_with_a_way_out() -> None:
     config = load("configs/vitg14.yaml", ["data.train=scenes:n=4000", "train.batch=1024", "train.microbatch=128"])
-    text = plan(config, 8, "cuda", 4000, gpu_gib=80.0)
+    text = plan(config, 8, "cuda", 4000, GPUS[0])
     assert (
         "warning: that is too much for a GPU of 80 GiB; what would fit: parallel.activation_checkpointing=full" in text
     )
@@ -146,4 +147,23 @@ def test_what_does_not_fit_is_said_with_a_way_out() -> None:
     (smaller,) = [way for way in ways_to_fit(config, 8, "cuda", limit) if way.startswith("train.microbatch=")]
     changed = load("configs/vitg14.yaml", ["data.train=scenes:n=4000", "train.batch=1024", smaller])
     assert footprint(changed, 8, "cuda").total < limit
-    assert "warning" not in plan(changed, 8, "cuda", 4000, gpu_gib=80.0)
+    assert "warning" not in plan(changed, 8, "cuda", 4000, GPUS[0])
+
+
+def test_a_plan_is_for_the_gpu_that_is_named() -> None:
+    config = load("configs/vitg14.yaml", ["data.train=scenes:n=4000"])
+    large, slow = (plan(config, 128, "cuda", 4000, gpu_of(name)) for name in ("h200", "24,100"))
+    assert "warning" not in large
+    assert "hours on H200" in large
+    assert "A100" not in large
+    assert "warning: that is too much for a GPU of 24 GiB" in plan(config, 8, "cuda", 4000, gpu_of("24,100"))
+    hours = [
+        float(text.partition("assumption): ")[2].partition(" hours")[0].replace(",", "")) for text in (slow, large)
+    ]
+    assert hours[0] / hours[1] == pytest.approx(989 / 100, rel=1e-3)
+
+
+@pytest.mark.parametrize("text", ["H1000", "", "80", "80,", "0,100", "80,-1", "nan,1", "1,2,3", "inf,5"])
+def test_an_unknown_gpu_is_refused_with_those_that_are_known(text: str) -> None:
+    with pytest.raises(UserError, match=r"--gpu .*valid: A100, A100-40GB, H100"):
+        gpu_of(text)

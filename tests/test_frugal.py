@@ -56,7 +56,7 @@ def at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Call it, and the plain modules run from then on."""
-    return lambda: monkeypatch.setattr(frugal, "applies", lambda *_: False)
+    return lambda: monkeypatch.setattr(frugal, "applies", lambda *_, **__: False)
 
 
 def test_norm_and_linear_have_the_gradients_of_the_plain_modules(plain: Callable[[], None]) -> None:
@@ -273,6 +273,26 @@ def test_frozen_weights_get_no_gradient_and_the_others_theirs(branch: str, froze
             parameter.grad = None
     for own, other in zip(*found, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("trained", ["norm", "bias", "gamma"])
+@pytest.mark.parametrize("branch", ["_ffn_branch", "_attention_branch"])
+def test_what_stands_around_frozen_layers_may_be_trained_alone(branch: str, trained: str) -> None:
+    """Its gradients are those that it has when all are trained."""
+    block = Block(DIM, HEADS, WIDTH, "mlp", layer_scale=True)
+    block.attn.backend = "math"
+    for name, parameter in block.named_parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5) if "gamma" in name else None
+    rows = torch.randn(LAYOUT.total_tokens, DIM)
+    getattr(block, branch)(rows, LAYOUT, True).sum().backward()
+    expected = {name: p.grad for name, p in block.named_parameters() if trained in name and p.grad is not None}
+    assert expected
+    for name, parameter in block.named_parameters():
+        parameter.grad = None
+        parameter.requires_grad_(name in expected)
+    getattr(block, branch)(rows, LAYOUT, True).sum().backward()
+    for name, parameter in block.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected.get(name), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("maker")

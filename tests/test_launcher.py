@@ -265,3 +265,13 @@ def test_a_checkpoint_that_cannot_be_written_is_named_in_one_message(tmp_path: P
     assert result.stderr.count("error:") == 1
     assert "error: rank 0 could not write the checkpoint of step 2: " in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_dry_run_plans_for_gpus_that_are_not_here(tmp_path: Path) -> None:
+    arguments = command(tmp_path / "run", "--nproc", "2", "--gpu", "H200")
+    assert "add --dry-run" in refusal(*arguments)
+    result = launch(*arguments, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "2 on cuda" in result.stdout
+    assert "hours on H200" in result.stdout
+    assert not (tmp_path / "run").exists()

@@ -45,6 +45,16 @@ def test_the_mission_s_command_prints_its_script_environment_and_plan(
     assert not list(tmp_path.glob("runs"))
 
 
+def test_a_plan_may_be_for_another_gpu(tmp_path: Path) -> None:
+    asked = ["--nodes", "16", "--config", str(ROOT / "configs" / "vitg14.yaml"), "--gpu", "h200"]
+    refused = command(*asked, cwd=tmp_path)
+    assert (refused.returncode, refused.stderr) == (2, "error: --gpu h200 is what a plan is for; add --dry-run\n")
+    result = command(*asked, "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "hours on H200" in result.stdout
+    assert "A100" not in result.stdout
+
+
 def test_neither_help_nor_a_dry_run_nor_a_submission_imports_torch(stub: Stub, working_folder: Path) -> None:
     stub()
     code = (

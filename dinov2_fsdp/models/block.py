@@ -92,7 +92,8 @@ class Block(nn.Module):
 
     def _attention_branch(self, tokens: Tensor, layout: Layout, onto: bool) -> Tensor:
         scale = gamma(self.ls1)
-        if self.attn.in_parts(layout) and frugal_attention.applies(tokens, self.attn.qkv, self.attn.proj):
+        around = [*self.norm1.parameters(), *self.ls1.parameters()]
+        if self.attn.in_parts(layout) and frugal_attention.applies(tokens, self.attn.qkv, self.attn.proj, around):
             return attention_branch(
                 tokens, layout, self.attn.heads, self.norm1, self.attn.qkv, self.attn.proj, scale, onto
             )

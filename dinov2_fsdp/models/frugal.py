@@ -13,7 +13,7 @@ could leave here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ CACHED_ROWS = 1024
 
 def norm_linear(tokens: Tensor, norm: nn.LayerNorm, after: nn.Linear) -> Tensor:
     """Return ``after(norm(tokens))`` for ``(rows, dim)``; kept: the tokens and two statistics of each row."""
-    if not applies(tokens, after):
+    if not applies(tokens, after, also=norm.parameters()):
         return after(norm(tokens))
     out: Tensor = _NormLinear.apply(tokens, norm.weight, norm.bias, after.weight, after.bias, norm.eps)
     return out
@@ -39,7 +39,7 @@ def norm_linear(tokens: Tensor, norm: nn.LayerNorm, after: nn.Linear) -> Tensor:
 
 def scaled_linear(rows: Tensor, before: nn.Linear, gamma: Tensor | None) -> Tensor:
     """Return ``before(rows) · gamma``, with ``(dim,)`` factors of LayerScale (arXiv 2103.17239) or None; kept: rows."""
-    if gamma is None or not applies(rows, before):
+    if gamma is None or not applies(rows, before, also=[gamma]):
         out: Tensor = before(rows)
         return out if gamma is None else out * gamma
     out = _ScaledLinear.apply(rows, before.weight, before.bias, gamma)
@@ -64,7 +64,7 @@ def feed_forward(
         gamma: ``(dim,)`` of LayerScale, or None for none.
         onto: add it to the tokens.
     """
-    if not applies(tokens, first, second):
+    if not applies(tokens, first, second, also=[*norm.parameters(), *([] if gamma is None else [gamma])]):
         out: Tensor = second(activate(first(norm(tokens)), activation))
         out = out if gamma is None else out * gamma
         return tokens + out if onto else out
@@ -81,14 +81,22 @@ def activate(hidden: Tensor, activation: str) -> Tensor:
     return F.silu(gate) * value
 
 
-def applies(rows: Tensor, *layers: nn.Linear) -> bool:
-    """Return whether layers may run as here, not as plain modules: in the rows' type, all trained or nothing."""
+def applies(rows: Tensor, *layers: nn.Linear, also: Iterable[Tensor] = ()) -> bool:
+    """Return whether layers may run as here, not as plain modules: in the rows' type, all trained or nothing.
+
+    ``also``: parameters of what stands around the layers.
+    """
     trained = [layer.weight.requires_grad for layer in layers]
+    parameters = (parameter for layer in layers for parameter in layer.parameters())
     return (
         rows.dtype != torch.float16
         and all(layer.weight.dtype == rows.dtype for layer in layers)
         and not torch.is_autocast_enabled(rows.device.type)
-        and (not torch.is_grad_enabled() or all(trained) or not (any(trained) or rows.requires_grad))
+        and (
+            not torch.is_grad_enabled()
+            or all(trained)
+            or not (rows.requires_grad or any(parameter.requires_grad for parameter in (*parameters, *also)))
+        )
     )
 
 

@@ -7,7 +7,7 @@ projection's input, in parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -45,9 +45,10 @@ def attention_branch(
     return out
 
 
-def applies(tokens: Tensor, qkv: nn.Linear, proj: nn.Linear) -> bool:
+def applies(tokens: Tensor, qkv: nn.Linear, proj: nn.Linear, also: Iterable[Tensor] = ()) -> bool:
     """Return whether the branch may run here: on a CPU, not compiled, all of it trained or nothing."""
-    return tokens.device.type == "cpu" and not torch.compiler.is_compiling() and frugal.applies(tokens, qkv, proj)
+    here = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+    return here and frugal.applies(tokens, qkv, proj, also=also)
 
 
 def _few_sequences(layout: Layout) -> Iterator[tuple[slice, int]]:

@@ -48,8 +48,10 @@ def launch(arguments: argparse.Namespace) -> int:
     demand = demand_of(options, runs)
     for run in runs:
         _check_config(run.config, demand)
+    if arguments.gpu and not arguments.dry_run:
+        raise UserError(f"--gpu {arguments.gpu} is what a plan is for; add --dry-run")
     if arguments.dry_run:
-        print(dry_run(demand, runs))
+        print(dry_run(demand, runs, arguments.gpu))
         return 0
     active = [(run, jobs[-1]) for run in runs if (jobs := active_jobs(run.directory))]
     if active and arguments.follow:
@@ -248,9 +250,11 @@ def submit(demand: Demand, runs: list[Run]) -> list[str]:
 # What is shown.
 
 
-def dry_run(demand: Demand, runs: list[Run]) -> str:
-    """Return the script, the environment and the plan."""
-    from dinov2_fsdp.planner import plan
+def dry_run(demand: Demand, runs: list[Run], named: str | None = None) -> str:
+    """Return the script, the environment and the plan, for a GPU of this name if there is one."""
+    from dinov2_fsdp.planner import gpu_of, plan
+
+    gpu = gpu_of(named) if named else None
 
     ranks = demand.options.nodes * demand.tasks
     kind = "cuda" if demand.gpus else "cpu"
@@ -262,7 +266,7 @@ def dry_run(demand: Demand, runs: list[Run]) -> str:
     ]
     for run in runs:
         title = "# plan" if len(runs) == 1 else f"# plan of {run.name}"
-        parts += ["", title, plan(run.config, ranks, kind, checks.images_of(run.config)), _job_lines(demand)]
+        parts += ["", title, plan(run.config, ranks, kind, checks.images_of(run.config), gpu), _job_lines(demand)]
         if missing := checks.missing_data(run.config):
             parts.append(f"note: {missing} does not exist on this machine")
     return "\n".join(parts)
