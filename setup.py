@@ -1,17 +1,45 @@
 """Installation. Known-good versions of everything are in constraints.txt."""
 
+import platform
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 version = {}
 exec((Path(__file__).parent / "dinov2_fsdp" / "__init__.py").read_text(), version)
+
+# Compiled code for a CPU (dinov2_fsdp/native), once for each instruction set; an installation picks one when it runs.
+_AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+_AVX512 = [*_AVX2, *(f"-mavx512{name}" for name in ("f", "bw", "dq", "vl", "cd")), "-mprefer-vector-width=512"]
+# Neither errno nor traps: functions and comparisons may become vector instructions. No result depends on it.
+_OPTIONS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+
+
+def compiled():
+    """Return what a compiler builds; an installation without a compiler goes on, and does the same in torch."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return []
+    return [
+        Extension(
+            f"dinov2_fsdp.native.{name}",
+            ["dinov2_fsdp/native/layers.cpp"],
+            extra_compile_args=[*_OPTIONS, *flags],
+            extra_link_args=["-fopenmp"],
+            language="c++",
+            optional=True,
+        )
+        for name, flags in (("_avx2", _AVX2), ("_avx512", _AVX512))
+    ]
+
 
 setup(
     name="dinov2_fsdp",
     version=version["__version__"],
     description="DINOv2 pretraining that runs the same on a laptop and on a cluster",
     packages=find_packages(include=["dinov2_fsdp", "dinov2_fsdp.*"]),
+    package_data={"dinov2_fsdp.native": ["*.cpp"]},
+    ext_modules=compiled(),
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",  # FSDP2, distributed checkpoints, attention kernels

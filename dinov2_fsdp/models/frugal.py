@@ -21,6 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dinov2_fsdp.models.fused import (
+    added,
+    compiled,
+    gelu,
+    gelu_backward,
+    layer_norm,
+    layer_norm_backward,
+    sum_rows,
+    transposed,
+)
 from dinov2_fsdp.models.products import by_onednn, linear, packed, product_of_rows
 
 ACTIVATIONS = ("gelu", "swiglu")
@@ -105,22 +115,14 @@ def keeps(*layers: nn.Linear) -> bool:
     return torch.is_grad_enabled() and all(layer.weight.requires_grad for layer in layers)
 
 
-def put(part: Tensor, onto: Tensor | None, rows: slice, whole: Tensor, like: Tensor, parts: int) -> Tensor:
-    """Return ``whole`` with ``part`` in these rows, ``onto`` added to it if given.
+def whole_for(parts: int, like: Tensor) -> Tensor | None:
+    """Return new memory for all rows that several parts write to, None for a single part, which is all of them."""
+    return torch.empty_like(like) if parts > 1 else None
 
-    That is new memory as ``like`` if it is empty; none for a single part, which may be overwritten.
-    """
-    if parts == 1 and onto is not None:
-        # torch 2.11 loses what is added in place to a gradient that it compiles.
-        return part + onto if torch.compiler.is_compiling() else part.add_(onto)
-    if parts == 1:
-        return part
-    whole = whole if whole.numel() else torch.empty_like(like)
-    if onto is None:
-        whole[rows] = part
-    else:
-        torch.add(part, onto, out=whole[rows])
-    return whole
+
+def rows_of(whole: Tensor | None, rows: slice) -> Tensor | None:
+    """Return these rows of what :func:`whole_for` gave."""
+    return None if whole is None else whole[rows]
 
 
 def in_weights(weight: Tensor, bias: Tensor, gamma: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -147,6 +149,9 @@ def norm_linear_backward(
     norm: tuple[Tensor, Tensor, float],
     weight: Tensor,
     sums: Sums,
+    total: Tensor | None = None,
+    onto: Tensor | None = None,
+    target: Tensor | None = None,
 ) -> Tensor:
     """Return the gradient in the rows ``tokens`` of a linear layer of their norm; add up those in the weights.
 
@@ -156,15 +161,17 @@ def norm_linear_backward(
         norm: the norm's weight, bias and epsilon.
         weight: the linear layer's.
         sums: to which ``norm_weight``, ``norm_bias``, ``weight`` and ``bias`` are added.
+        total: the sum of ``of_out`` over rows, if it is known.
+        onto, target: what is added to the gradient, and where that is written to, if anything.
     """
-    (norm_weight, norm_bias, eps), shape = norm, [tokens.shape[-1]]
-    normed = torch.native_layer_norm(tokens, shape, norm_weight, norm_bias, eps)[0]
+    norm_weight, norm_bias, eps = norm
+    normed = layer_norm(tokens, norm_weight, norm_bias, eps)[0]
     sums.add_product("weight", of_out, normed)
     del normed
-    sums.add("bias", of_out.sum(0))
-    of_tokens: Tensor
-    of_tokens, of_norm_weight, of_norm_bias = torch.ops.aten.native_layer_norm_backward(
-        linear(of_out, weight.t()), tokens, shape, *statistics, norm_weight, norm_bias, [True, True, True]
+    sums.add("bias", sum_rows(of_out) if total is None else total)
+    mean, scale = statistics
+    of_tokens, of_norm_weight, of_norm_bias = layer_norm_backward(
+        linear(of_out, weight.t()), tokens, mean, scale, norm_weight, norm_bias, onto, target
     )
     sums.add("norm_weight", of_norm_weight)
     sums.add("norm_bias", of_norm_bias)
@@ -180,7 +187,7 @@ class _NormLinear(torch.autograd.Function):
     def forward(
         ctx: Any, tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> Tensor:
-        normed, mean, scale = torch.native_layer_norm(tokens, [tokens.shape[-1]], norm_weight, norm_bias, eps)
+        normed, mean, scale = layer_norm(tokens, norm_weight, norm_bias, eps)
         ctx.save_for_backward(tokens, norm_weight, norm_bias, weight, mean, scale)
         ctx.eps = eps
         return linear(normed, weight, bias)
@@ -191,7 +198,7 @@ class _NormLinear(torch.autograd.Function):
         tokens, norm_weight, norm_bias, weight, *statistics = ctx.saved_tensors
         sums = Sums(1)
         of_tokens = norm_linear_backward(grad, tokens, statistics, (norm_weight, norm_bias, ctx.eps), weight, sums)
-        return of_tokens, *(sums[name] for name in OF_NORM_LINEAR), None
+        return of_tokens, *(sums[name].to(weight.dtype) for name in OF_NORM_LINEAR), None
 
 
 class _ScaledLinear(torch.autograd.Function):
@@ -205,7 +212,7 @@ class _ScaledLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, bias, gamma = ctx.saved_tensors
         of_rows = linear(grad, (weight * gamma[:, None]).t())
-        return of_rows, *of_layer_scale(product_of_rows(grad, rows), grad.sum(0), weight, bias, gamma)
+        return of_rows, *of_layer_scale(product_of_rows(grad, rows), sum_rows(grad), weight, bias, gamma)
 
 
 class _FeedForward(torch.autograd.Function):
@@ -230,16 +237,18 @@ class _FeedForward(torch.autograd.Function):
         first = packed(weight1, count)
         weight, bias = in_weights(weight2, bias2, gamma)
         second = packed(weight, count)
-        out, kept = torch.empty(0), []
+        whole, kept = whole_for(count, tokens), []
         for some in ctx.slices:
-            normed, mean, scale = torch.native_layer_norm(tokens[some], [tokens.shape[-1]], norm_weight, norm_bias, eps)
+            normed, mean, scale = layer_norm(tokens[some], norm_weight, norm_bias, eps)
             hidden = linear(normed, first, bias1)
             del normed
-            found = linear(activate(hidden, activation), second, bias)
-            out = put(found, tokens[some] if onto else None, some, out, tokens, count)
+            activated = gelu(hidden, overwrite=not keep) if activation == "gelu" else activate(hidden, activation)
+            found = linear(activated, second, bias)
+            del activated
+            out = added(found, tokens[some] if onto else None, rows_of(whole, some))
             kept += [hidden, mean, scale] if keep else []
         ctx.save_for_backward(tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept)
-        return out
+        return out if whole is None else whole
 
     @staticmethod
     @once_differentiable
@@ -247,19 +256,26 @@ class _FeedForward(torch.autograd.Function):
         tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept = ctx.saved_tensors
         scaled = weight2 if gamma is None else weight2 * gamma[:, None]
         norm, count = (norm_weight, norm_bias, ctx.eps), len(ctx.slices)
-        out, sums = torch.empty(0), Sums(count)
+        whole, sums = whole_for(count, tokens), Sums(count)
         for i, some in enumerate(ctx.slices):
             hidden, *statistics = kept[3 * i : 3 * i + 3]
-            activated = activate(hidden, ctx.activation)
-            sums.add_product("scaled", grad[some], activated)
-            del activated
-            sums.add("bias2", grad[some].sum(0))
-            of_hidden = _activate_backward(linear(grad[some], scaled.t()), hidden, ctx.activation)
-            found = norm_linear_backward(of_hidden, tokens[some], statistics, norm, weight1, sums)
-            out = put(found, grad[some] if ctx.onto else None, some, out, tokens, count)
+            if ctx.activation == "gelu" and compiled(hidden):
+                of_activated = linear(grad[some], scaled.t())
+                of_hidden, total, activated = gelu_backward(of_activated, hidden)
+                sums.add_product("scaled", grad[some], activated)
+            else:
+                activated = activate(hidden, ctx.activation)
+                sums.add_product("scaled", grad[some], activated)
+                del activated
+                of_activated = linear(grad[some], scaled.t())
+                of_hidden, total = _activate_backward(of_activated, hidden, ctx.activation), None
+            activated = of_activated = None  # type: ignore[assignment]
+            sums.add("bias2", sum_rows(grad[some]))
+            ends = (grad[some] if ctx.onto else None, rows_of(whole, some))
+            out = norm_linear_backward(of_hidden, tokens[some], statistics, norm, weight1, sums, total, *ends)
         of_second = of_layer_scale(sums["scaled"], sums["bias2"], weight2, bias2, gamma)
         of_first = (sums[name].to(weight1.dtype) for name in OF_NORM_LINEAR)
-        return out, *of_first, *of_second, None, None, None, None
+        return out if whole is None else whole, *of_first, *of_second, None, None, None, None
 
 
 class Sums:
@@ -272,7 +288,7 @@ class Sums:
 
     def __getitem__(self, name: str) -> Tensor:
         total = self._totals[name]
-        return total.t().contiguous() if name in self._turned else total
+        return transposed(total) if name in self._turned else total
 
     def add(self, name: str, term: Tensor) -> None:
         if name in self._totals:

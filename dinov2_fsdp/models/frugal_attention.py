@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dinov2_fsdp.models import frugal
-from dinov2_fsdp.models.frugal import OF_NORM_LINEAR, Sums, in_weights, norm_linear_backward, of_layer_scale, put
+from dinov2_fsdp.models.frugal import OF_NORM_LINEAR, Sums, in_weights, norm_linear_backward, of_layer_scale
+from dinov2_fsdp.models.fused import added, join_heads, layer_norm, split_heads, sum_rows
 from dinov2_fsdp.models.layout import Layout
-from dinov2_fsdp.models.plain_attention import attend_parts, attend_parts_backward, by_head, queries_keys_values
+from dinov2_fsdp.models.plain_attention import attend_parts, attend_parts_backward
 from dinov2_fsdp.models.products import linear, packed
 
 _KEPT_EACH = 5
@@ -84,18 +85,20 @@ class _AttentionBranch(torch.autograd.Function):
         first = packed(weight1, count)
         weight, bias = in_weights(weight2, bias2, gamma)
         second = packed(weight, count)
-        out, kept = torch.empty(0), []
+        whole, kept = frugal.whole_for(count, tokens), []
         for rows, sequences in ctx.few:
-            normed, mean, scale = torch.native_layer_norm(tokens[rows], [dim], norm_weight, norm_bias, eps)
+            normed, mean, scale = layer_norm(tokens[rows], norm_weight, norm_bias, eps)
             qkv = linear(normed, first, bias1).unflatten(-1, (3, heads, -1))
-            parts = queries_keys_values(by_head(qkv, sequences))
+            parts = split_heads(qkv, sequences, qkv.shape[-1] ** -0.5)
             del normed, qkv
             found, weights = attend_parts(parts)
-            attended = found.unflatten(0, (sequences, heads)).transpose(1, 2).reshape(-1, dim)
-            out = put(linear(attended, second, bias), tokens[rows] if onto else None, rows, out, tokens, count)
+            attended = found.new_empty(len(mean), dim)
+            join_heads(found, sequences, attended.unflatten(-1, (heads, -1)))
+            found = linear(attended, second, bias)
+            out = added(found, tokens[rows] if onto else None, frugal.rows_of(whole, rows))
             kept += [parts, weights, attended, mean, scale] if keep else []
         ctx.save_for_backward(tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept)
-        return out
+        return out if whole is None else whole
 
     @staticmethod
     @once_differentiable
@@ -103,17 +106,18 @@ class _AttentionBranch(torch.autograd.Function):
         tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept = ctx.saved_tensors
         dim, heads, count, norm = tokens.shape[-1], ctx.heads, len(ctx.few), (norm_weight, norm_bias, ctx.eps)
         scaled = in_weights(weight2, bias2, gamma)[0]
-        out, sums = torch.empty(0), Sums(count)
+        whole, sums = frugal.whole_for(count, tokens), Sums(count)
         for i, (rows, sequences) in enumerate(ctx.few):
             parts, weights, attended, *statistics = kept[_KEPT_EACH * i : _KEPT_EACH * (i + 1)]
             sums.add_product("scaled", grad[rows], attended)
-            sums.add("bias2", grad[rows].sum(0))
+            sums.add("bias2", sum_rows(grad[rows]))
             of_attended = linear(grad[rows], scaled.t()).unflatten(-1, (1, heads, -1))
-            of_out = by_head(of_attended, sequences)[0].flatten(0, 1).contiguous()
+            of_out = split_heads(of_attended, sequences)[0]
             of_qkv = of_attended.new_empty(len(attended), 3, heads, dim // heads)
-            attend_parts_backward(of_out, parts, weights, by_head(of_qkv, sequences))
-            found = norm_linear_backward(of_qkv.flatten(1), tokens[rows], statistics, norm, weight1, sums)
-            out = put(found, grad[rows] if ctx.onto else None, rows, out, tokens, count)
+            attend_parts_backward(of_out, parts, weights, of_qkv, sequences)
+            ends = (grad[rows] if ctx.onto else None, frugal.rows_of(whole, rows))
+            of_qkv = of_qkv.flatten(1)
+            out = norm_linear_backward(of_qkv, tokens[rows], statistics, norm, weight1, sums, None, *ends)
         of_first = (sums[name].to(weight1.dtype) for name in OF_NORM_LINEAR)
         of_second = of_layer_scale(sums["scaled"], sums["bias2"], weight2, bias2, gamma)
-        return out, *of_first, *of_second, None, None, None, None, None
+        return out if whole is None else whole, *of_first, *of_second, None, None, None, None, None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dinov2_fsdp.models.fused import join_heads, softmax, softmax_backward, split_heads
 from dinov2_fsdp.models.layout import Layout
 from dinov2_fsdp.models.products import bmm
 
@@ -37,54 +38,40 @@ def _attend(qkv: Tensor, layout: Layout, keep: bool) -> tuple[Tensor, list[Tenso
     ``(sequences, heads, length, length)``."""
     _, _, heads, dim = qkv.shape
     out, kept = qkv.new_empty(len(qkv), heads, dim), []
-    for start, end, sequences, length in layout.spans():
-        source, target = by_head(qkv[start:end], sequences), by_head(out[start:end, None], sequences)[0]
+    for start, _, sequences, length in layout.spans():
         weights = qkv.new_empty(sequences if keep else 0, heads, length, length)
         for some in _slices(sequences, heads * length**2, qkv.device):
-            found, _ = attend_parts(queries_keys_values(source[:, some]), weights[some].flatten(0, 1) if keep else None)
-            target[some].copy_(found.view_as(target[some]))
+            rows, few = slice(start + some.start * length, start + some.stop * length), some.stop - some.start
+            parts = split_heads(qkv[rows], few, dim**-0.5)
+            found, _ = attend_parts(parts, weights[some].flatten(0, 1) if keep else None)
+            join_heads(found, few, out[rows])
         kept.append(weights)
     return out, kept
 
 
-def by_head(packed: Tensor, sequences: int) -> Tensor:
-    """Return a view ``(parts, sequences, heads, length, head_dim)`` of ``(tokens, parts, heads, head_dim)``."""
-    return packed.unflatten(0, (sequences, -1)).permute(2, 0, 3, 1, 4)
-
-
-def queries_keys_values(source: Tensor) -> Tensor:
-    """Return q/√d, k and v, ``(3, sequences · heads, length, head_dim)``, from a view as of :func:`by_head`."""
-    parts = source.clone(memory_format=torch.contiguous_format).flatten(1, 2)
-    # Not on the way: arithmetic between tensors of different strides takes three times as long as copying.
-    parts[0].mul_(source.shape[-1] ** -0.5)
-    return parts
-
-
 def attend_parts(parts: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return what attention gives for :func:`queries_keys_values`, ``(sequences · heads, length, head_dim)``, and the
-    softmax weights, written into ``out`` if given."""
+    """Return what attention gives for q/√d, k and v, ``(3, sequences · heads, length, head_dim)``:
+    ``(sequences · heads, length, head_dim)``, and the softmax weights, written into ``out`` if given."""
     query, key, value = parts
-    scores = bmm(query, key.transpose(1, 2))
-    weights = torch.softmax(scores, dim=-1, out=scores if out is None else out)
+    weights = softmax(bmm(query, key.transpose(1, 2)), out)
     return bmm(weights, value), weights
 
 
-def attend_parts_backward(of_out: Tensor, parts: Tensor, weights: Tensor, target: Tensor) -> None:
-    """Write the gradient in q, k and v into ``target``, a view as of :func:`by_head`, from that in the result."""
+def attend_parts_backward(of_out: Tensor, parts: Tensor, weights: Tensor, target: Tensor, sequences: int) -> None:
+    """Write the gradient in q, k and v into ``target``, ``(sequences · length, 3, heads, head_dim)``, from that in the
+    result."""
     query, key, value = parts
-    of_weights = bmm(of_out, value.transpose(1, 2))
-    of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-    shape = target[0].shape
-    target[0].copy_(bmm(of_scores, key).mul_(shape[-1] ** -0.5).view(shape))
-    target[1].copy_(bmm(query.transpose(1, 2), of_scores).transpose(1, 2).view(shape))
-    target[2].copy_(bmm(of_out.transpose(1, 2), weights).transpose(1, 2).view(shape))
+    of_scores = softmax_backward(bmm(of_out, value.transpose(1, 2)), weights)
+    join_heads(bmm(of_scores, key), sequences, target[:, 0], target.shape[-1] ** -0.5)
+    join_heads(bmm(query.transpose(1, 2), of_scores).transpose(1, 2), sequences, target[:, 1])
+    join_heads(bmm(of_out.transpose(1, 2), weights).transpose(1, 2), sequences, target[:, 2])
 
 
 def _slices(sequences: int, weights: int, device: torch.device) -> Iterator[slice]:
     # A compiler has its own ways, and would unroll the loop.
     few = device.type == "cpu" and not torch.compiler.is_compiling()
     size = max(1, CACHED * torch.get_num_threads() // weights) if few else max(1, sequences)
-    return (slice(start, start + size) for start in range(0, sequences, size))
+    return (slice(start, min(sequences, start + size)) for start in range(0, sequences, size))
 
 
 class _PlainAttention(torch.autograd.Function):
@@ -100,10 +87,10 @@ class _PlainAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         qkv, *kept = ctx.saved_tensors
         of_qkv = torch.empty_like(qkv)
-        for (start, end, sequences, _), all_weights in zip(ctx.layout.spans(), kept, strict=True):
-            source, target = by_head(qkv[start:end], sequences), by_head(of_qkv[start:end], sequences)
-            of_target = by_head(grad[start:end, None], sequences)[0]
+        for (start, _, sequences, length), all_weights in zip(ctx.layout.spans(), kept, strict=True):
             for some in _slices(sequences, all_weights[:1].numel(), grad.device):
-                parts, of_out = queries_keys_values(source[:, some]), of_target[some].flatten(0, 1).contiguous()
-                attend_parts_backward(of_out, parts, all_weights[some].flatten(0, 1), target[:, some])
+                rows, few = slice(start + some.start * length, start + some.stop * length), some.stop - some.start
+                parts = split_heads(qkv[rows], few, qkv.shape[-1] ** -0.5)
+                of_out = split_heads(grad[rows, None], few)[0]
+                attend_parts_backward(of_out, parts, all_weights[some].flatten(0, 1), of_qkv[rows], few)
         return of_qkv, None

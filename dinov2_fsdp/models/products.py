@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
+from dinov2_fsdp.models.fused import laid_out, transposed
+
 LEAST_PARTS = 4
 """Products with one weight from which on laying it out anew pays."""
 
@@ -78,7 +80,7 @@ def product_of_rows(left: Tensor, right: Tensor) -> Tensor:
     oneDNN is faster with the shorter side first, and with that side laid out anew.
     """
     if by_onednn(left, right):
-        return _by_onednn(left.t().contiguous(), right.t())
+        return _by_onednn(transposed(left), right.t())
     if _to_fill(left, right):
         left, right = _filled(left), _filled(right)
     return left.t() @ right
@@ -93,7 +95,7 @@ def bmm(left: Tensor, right: Tensor) -> Tensor:
     if not by_onednn(left[0], right[0]):
         return torch.bmm(left, right)
     columns = right.shape[2]
-    image, weight = right.reshape(1, batch * inner, columns), left.reshape(batch * rows, inner, 1)
+    image, weight = laid_out(right).view(1, batch * inner, columns), laid_out(left).view(batch * rows, inner, 1)
     out = torch.conv1d(image, weight, groups=batch)
     return out.view(batch, rows, columns)
 

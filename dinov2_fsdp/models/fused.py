@@ -1,0 +1,217 @@
+"""What stands between the matrix products of a block, each in one pass over memory where compiled code is at hand.
+
+On a CPU torch goes through memory once for every operation: GELU, its gradient and the sum of that for a bias are three
+passes, laying out a matrix anew an unordered one. Compiled code (:mod:`dinov2_fsdp.native`) takes one, in single
+precision whatever the type. Elsewhere, and for anything but plain fp32 and bf16 tensors, torch does the same. Nothing
+here has a derivative.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov2_fsdp.native import Library, parallel_library
+
+_LEAST = 4096
+"""Fewer values than that are not worth the way around torch."""
+
+
+def gelu(hidden: Tensor, overwrite: bool = False) -> Tensor:
+    """Return GELU (arXiv 1606.08415, not its approximations) of each value; in the place of ``hidden`` if so told."""
+    # In bf16 torch's is as fast.
+    if hidden.dtype != torch.float32 or not (library := _library(hidden)):
+        return F.gelu(hidden)
+    out = hidden if overwrite else torch.empty_like(hidden)
+    library.gelu(0, hidden.data_ptr(), out.data_ptr(), hidden.numel())
+    return out
+
+
+def gelu_backward(of_activated: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient in ``hidden`` ``(rows, width)``, its sum over rows ``(width,)``, and GELU of ``hidden``.
+
+    The first takes the place of ``of_activated``; the second is in fp32 if compiled. Three tensors at a time: where
+    they are large and nothing is compiled, one after the other takes less memory, see :func:`compiled`.
+    """
+    library = _library(of_activated, hidden)
+    if library is None:
+        activated = F.gelu(hidden)
+        of_hidden: Tensor = torch.ops.aten.gelu_backward.grad_input(of_activated, hidden, grad_input=of_activated)
+        return of_hidden, of_hidden.sum(0), activated
+    activated, total = torch.empty_like(hidden), torch.empty(hidden.shape[1])
+    pointers = (hidden.data_ptr(), of_activated.data_ptr(), activated.data_ptr())
+    library.gelu_backward(_half(hidden), *pointers, *hidden.shape, total.data_ptr())
+    return of_activated, total, activated
+
+
+def sum_rows(rows: Tensor) -> Tensor:
+    """Return the sum of ``(rows, width)`` over rows, ``(width,)``, in fp32 if compiled, in the rows' type if not."""
+    library = _library(rows)
+    if library is None:
+        return rows.sum(0)
+    total = torch.empty(rows.shape[1])
+    library.sum_rows(_half(rows), rows.data_ptr(), *rows.shape, rows.shape[1], total.data_ptr())
+    return total
+
+
+def layer_norm(rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the norm of ``(rows, dim)`` and what its backward pass needs: mean and scale of each row."""
+    library = _library(rows, weight, bias)
+    if library is None:
+        out: tuple[Tensor, Tensor, Tensor] = torch.native_layer_norm(rows, [rows.shape[-1]], weight, bias, eps)
+        return out
+    normed, (mean, scale) = torch.empty_like(rows), torch.empty(2, len(rows))
+    pointers = (rows.data_ptr(), weight.data_ptr(), bias.data_ptr())
+    targets = (normed.data_ptr(), mean.data_ptr(), scale.data_ptr())
+    library.norm(_half(rows), *pointers, eps, *rows.shape, *targets)
+    return normed, mean, scale
+
+
+def layer_norm_backward(
+    grad: Tensor,
+    rows: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    onto: Tensor | None = None,
+    target: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients in ``rows``, ``weight`` and ``bias``; the latter two in fp32 if compiled.
+
+    Args:
+        onto: added to the first, which is written to ``target`` if that is given.
+    """
+    given = [tensor for tensor in (onto, target) if tensor is not None]
+    library = _library(grad, rows, weight, *given) if mean.dtype == torch.float32 and mean.is_contiguous() else None
+    if library is None:
+        shape, all_three = [rows.shape[-1]], [True, True, True]
+        of_rows, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
+            grad, rows, shape, mean, scale, weight, bias, all_three
+        )
+        return added(of_rows, onto, target), of_weight, of_bias
+    of_rows = torch.empty_like(rows) if target is None else target
+    totals = torch.empty(2, rows.shape[1])
+    pointers = [grad.data_ptr(), rows.data_ptr(), mean.data_ptr(), scale.data_ptr(), weight.data_ptr()]
+    pointers.append(0 if onto is None else onto.data_ptr())
+    library.norm_backward(_half(rows), *pointers, *rows.shape, of_rows.data_ptr(), totals.data_ptr())
+    return of_rows, totals[0], totals[1]
+
+
+def added(part: Tensor, onto: Tensor | None, target: Tensor | None) -> Tensor:
+    """Return ``part``, which may be overwritten, with ``onto`` added if given; in ``target`` if that is given."""
+    if target is None and onto is not None:
+        # torch 2.11 loses what is added in place to a gradient that it compiles.
+        return part + onto if torch.compiler.is_compiling() else part.add_(onto)
+    if target is None:
+        return part
+    return target.copy_(part) if onto is None else torch.add(part, onto, out=target)
+
+
+def softmax(scores: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return softmax over the last dimension, in the place of ``scores`` unless ``out`` is given."""
+    out = scores if out is None else out
+    library = _library(scores, out)
+    if library is None or scores.shape[-1] > library.widest_row:
+        return torch.softmax(scores, dim=-1, out=out)
+    columns = scores.shape[-1]
+    library.softmax(_half(scores), scores.data_ptr(), out.data_ptr(), scores.numel() // columns, columns)
+    return out
+
+
+def softmax_backward(of_weights: Tensor, weights: Tensor) -> Tensor:
+    """Return the gradient in the scores from that in ``weights``, their softmax; the latter may be overwritten."""
+    # In bf16 torch's is as fast.
+    if weights.dtype != torch.float32 or not (library := _library(of_weights, weights)):
+        return torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+    columns = weights.shape[-1]
+    library.softmax_backward(0, of_weights.data_ptr(), weights.data_ptr(), weights.numel() // columns, columns)
+    return of_weights
+
+
+def split_heads(packed: Tensor, sequences: int, factor: float | None = None) -> Tensor:
+    """Return ``(parts, sequences · heads, length, dim)`` of ``(sequences · length, parts, heads, dim)``.
+
+    ``factor``: what the first part is multiplied by.
+    """
+    rows, parts, heads, dim = packed.shape
+    library = _library(packed)
+    if library is None:
+        out = by_head(packed, sequences).clone(memory_format=torch.contiguous_format).flatten(1, 2)
+        if factor is not None:
+            # Not on the way: arithmetic between tensors of different strides takes three times as long as copying.
+            out[0].mul_(factor)
+        return out
+    length = rows // sequences
+    out = packed.new_empty(parts, sequences * heads, length, dim)
+    shape = (sequences, length, parts, heads, dim)
+    library.split_heads(_half(packed), packed.data_ptr(), *shape, 1.0 if factor is None else factor, out.data_ptr())
+    return out
+
+
+def join_heads(found: Tensor, sequences: int, target: Tensor, factor: float | None = None) -> Tensor:
+    """Write ``(sequences · heads, length, dim) · factor`` into ``target``, ``(sequences · length, heads, dim)``.
+
+    ``found`` may be a transposed view, and overwritten; ``target`` may lie in wider rows. Returns the target.
+    """
+    rows, heads, dim = target.shape
+    # As it lies in memory.
+    turned = not found.is_contiguous() and found.transpose(1, 2).is_contiguous()
+    lies = found.transpose(1, 2) if turned else found
+    joined = target.stride()[1:] == (dim, 1) and target.dtype == found.dtype and _plain(target)
+    library = _library(lies) if joined and (factor is None or not turned) else None
+    if library is None:
+        scaled = found if factor is None else found.mul_(factor)
+        by_head(target[:, None], sequences)[0].copy_(scaled.unflatten(0, (sequences, heads)))
+        return target
+    shape = (sequences, rows // sequences, heads, dim)
+    how = (target.stride(0), 1.0 if factor is None else factor, int(turned))
+    library.join_heads(_half(found), lies.data_ptr(), *shape, *how, target.data_ptr())
+    return target
+
+
+def by_head(packed: Tensor, sequences: int) -> Tensor:
+    """Return a view ``(parts, sequences, heads, length, dim)`` of ``(sequences · length, parts, heads, dim)``."""
+    return packed.unflatten(0, (sequences, -1)).permute(2, 0, 3, 1, 4)
+
+
+def transposed(matrix: Tensor) -> Tensor:
+    """Return the transposed of ``(rows, columns)`` or of a batch of such, laid out anew."""
+    library = _library(matrix)
+    if library is None:
+        return matrix.mT.contiguous()
+    *batch, rows, columns = matrix.shape
+    out = matrix.new_empty(*batch, columns, rows)
+    library.transpose(_half(matrix), matrix.data_ptr(), batch[0] if batch else 1, rows, columns, out.data_ptr())
+    return out
+
+
+def laid_out(matrices: Tensor) -> Tensor:
+    """Return ``(batch, rows, columns)``, which may be a transposed view, so that it is none."""
+    if matrices.is_contiguous():
+        return matrices
+    return transposed(matrices.mT) if matrices.mT.is_contiguous() else matrices.contiguous()
+
+
+def compiled(*tensors: Tensor) -> bool:
+    """Return whether compiled code takes tensors like these."""
+    return _library(*tensors) is not None
+
+
+def _library(*tensors: Tensor) -> Library | None:
+    """Return the compiled code if it can take all of these, which then have one type, and enough values."""
+    first = tensors[0]
+    if first.device.type != "cpu" or first.numel() < _LEAST or torch.compiler.is_compiling():
+        return None
+    same = all(_plain(tensor) and tensor.dtype == first.dtype and tensor.is_contiguous() for tensor in tensors)
+    return parallel_library() if same and first.dtype in (torch.float32, torch.bfloat16) else None
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Return whether a tensor has memory of its own: no subclass, of which only torch knows what it stands for."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+
+
+def _half(tensor: Tensor) -> int:
+    return int(tensor.dtype == torch.bfloat16)
