@@ -1,0 +1,295 @@
+"""Compiled code between the products: that it is built, that it is right, and that torch's own takes its place."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from operations import TOLERANCES
+from torch import Tensor
+
+from dinov2_fsdp import native
+from dinov2_fsdp.models import frugal, fused
+
+DTYPES = [torch.float32, torch.bfloat16]
+SUMS = {torch.float32: {"rtol": 1e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 1e-5, "atol": 2e-5}}
+"""Tolerances of sums over rows, which compiled code keeps in fp32 whatever the type."""
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test by compiled code, then without."""
+    if request.param == "torch":
+        with native.switched_off():
+            yield request.param
+    elif native.parallel_library() is None:
+        pytest.skip("nothing was compiled for this processor")
+    else:
+        yield request.param
+
+
+@pytest.fixture
+def random() -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator)
+
+
+def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), **TOLERANCES[dtype])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler")
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in native.VARIANTS, reason="nothing is compiled for this processor"
+)
+def test_an_installation_with_a_compiler_has_compiled_code_on_torchs_own_threads() -> None:
+    assert native.variant() in ("avx512", "avx2")
+    assert native.parallel_library() is not None
+
+
+def test_what_the_environment_switches_off_is_not_loaded() -> None:
+    code = "import json; from dinov2_fsdp import native; print(json.dumps([native.variant(), str(native.library())]))"
+    environment = {**os.environ, native.SWITCH: "off"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout) == ["none", "None"]
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs both instruction sets")
+def test_both_instruction_sets_give_the_same_but_for_rounding(random: Callable[..., Tensor]) -> None:
+    if native.variant() == "none":
+        pytest.skip("nothing was compiled")
+    code = """
+import torch
+from dinov2_fsdp import native
+from dinov2_fsdp.models import fused
+assert native.variant() == "avx2" and native.parallel_library() is not None
+x = torch.randn(100, 96, generator=torch.Generator().manual_seed(0))
+print(*map(float, (fused.gelu(x).sum(), fused.layer_norm(x, x[0], x[1], 1e-6)[0].sum(), fused.softmax(x).max())))
+"""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    x = random(100, 96)
+    own = (fused.gelu(x).sum(), fused.layer_norm(x, x[0], x[1], 1e-6)[0].sum(), fused.softmax(x).max())
+    assert [float(value) for value in done.stdout.split()] == pytest.approx([float(value) for value in own], rel=1e-4)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_and_its_gradient_are_those_of_double_precision(dtype: torch.dtype, random: Callable[..., Tensor]) -> None:
+    hidden, grad = (3 * random(70, 101)).to(dtype), random(70, 101).to(dtype)
+    expected = F.gelu(hidden.double())
+    close(fused.gelu(hidden), expected, dtype)
+    wanted = torch.ops.aten.gelu_backward(grad.double(), hidden.double())
+    of_hidden, total, activated = fused.gelu_backward(grad.clone(), hidden)
+    close(of_hidden, wanted, dtype)
+    close(activated, expected, dtype)
+    if total.dtype == torch.float32:
+        torch.testing.assert_close(total.double(), wanted.sum(0), **SUMS[dtype])
+    else:
+        close(total / 10, wanted.sum(0) / 10, dtype)
+    assert torch.equal(hidden, (3 * Again()(70, 101)).to(dtype))  # what is kept for the backward pass stays as it is
+
+
+class Again:
+    """The numbers of the fixture once more, from the start."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+
+def test_gelu_keeps_its_relative_precision_where_it_is_next_to_nothing() -> None:
+    if native.parallel_library() is None:
+        pytest.skip("nothing was compiled for this processor")
+    x = torch.linspace(-12, 12, 9999)
+    exact = torch.tensor([value * 0.5 * math.erfc(-value / math.sqrt(2)) for value in x.double().tolist()])
+    relative = ((fused.gelu(x).double() - exact) / exact.abs().clamp(min=1e-30)).abs()
+    assert relative[x.abs() < 5].max() < 2e-6  # torch's own: .1 at -5
+    assert relative.max() < 1e-4
+    assert not fused.gelu(torch.full((5000,), float("nan"))).isfinite().any()
+    assert not fused.gelu_backward(torch.full((50, 100), float("nan")), torch.ones(50, 100))[0].isfinite().any()
+
+
+def test_gelu_takes_the_place_of_its_input_only_if_told_so(random: Callable[..., Tensor]) -> None:
+    hidden = random(5000)
+    before = hidden.clone()
+    expected = fused.gelu(hidden)
+    assert torch.equal(hidden, before)
+    assert torch.equal(fused.gelu(hidden, overwrite=True), expected)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("shape", [(77, 96), (200, 33), (33, 384), (4200, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm_and_its_gradients_are_those_of_double_precision(
+    dtype: torch.dtype, shape: tuple[int, int], random: Callable[..., Tensor]
+) -> None:
+    rows, grad = (2 * random(*shape) + 3).to(dtype), random(*shape).to(dtype)
+    weight, bias, onto = random(shape[1]).to(dtype), random(shape[1]).to(dtype), random(*shape).to(dtype)
+    normed, mean, scale = fused.layer_norm(rows, weight, bias, 1e-5)
+    wide = [tensor.double() for tensor in (rows, weight, bias)]
+    expected = torch.native_layer_norm(wide[0], [shape[1]], wide[1], wide[2], 1e-5)
+    close(normed, expected[0], dtype)
+    # The statistics that are exact: torch's of bf16 are in bf16, whose error is not this function's.
+    statistics = [tensor.to(mean.dtype) for tensor in expected[1:]]
+    for found, right in zip((mean, scale), expected[1:], strict=True):
+        close(found.reshape(-1), right.reshape(-1), dtype)
+    of_rows, *of_both = fused.layer_norm_backward(grad, rows, *statistics, weight, bias)
+    right = torch.ops.aten.native_layer_norm_backward(
+        grad.double(), wide[0], [shape[1]], *expected[1:], wide[1], wide[2], [True, True, True]
+    )
+    # A norm of one value has a scale of 300, and hence errors of so much.
+    tolerance = {"rtol": 0.05, "atol": 0.1} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 2e-4}
+    torch.testing.assert_close(of_rows.double(), right[0], **tolerance)
+    for found, exact in zip(of_both, right[1:], strict=True):
+        loose = dtype == torch.bfloat16 and found.dtype == dtype
+        limit = {"rtol": 0.1, "atol": 1.5} if loose else {"rtol": 1e-4, "atol": 1e-3}
+        torch.testing.assert_close(found.double(), exact, **limit)
+    target = torch.empty_like(rows)
+    added = fused.layer_norm_backward(grad, rows, *statistics, weight, bias, onto, target)[0]
+    assert added is target
+    torch.testing.assert_close(added.double(), right[0] + onto.double(), **tolerance)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("columns", [1, 7, 16, 50, 257])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax_and_its_gradient_are_those_of_double_precision(
+    dtype: torch.dtype, columns: int, random: Callable[..., Tensor]
+) -> None:
+    scores = (10 * random(6, 800, columns)).to(dtype)
+    expected = torch.softmax(scores.double(), -1)
+    out = torch.empty_like(scores)
+    assert fused.softmax(scores, out) is out
+    close(out, expected, dtype)
+    grad = random(6, 800, columns).to(dtype)
+    right = torch._softmax_backward_data(grad.double(), expected, -1, torch.float64)
+    close(fused.softmax_backward(grad, out), right, dtype)
+    scores[0, 0, 0] = float("nan")
+    found = fused.softmax(scores)
+    assert found is scores or dtype != torch.float32
+    assert found[0, 0].isnan().all()
+    assert found[0, 1:].isfinite().all()
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_too_wide_for_compiled_code_is_torchs(dtype: torch.dtype, random: Callable[..., Tensor]) -> None:
+    scores = random(2, 5000).to(dtype)
+    expected = torch.softmax(scores, -1)
+    assert torch.equal(fused.softmax(scores), expected)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("shape", [(3, 50, 2, 64), (2, 257, 6, 64), (5, 37, 4, 24), (3, 130, 3, 5)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_are_split_and_joined_without_a_change(
+    dtype: torch.dtype, shape: tuple[int, ...], random: Callable[..., Tensor]
+) -> None:
+    sequences, length, heads, dim = shape
+    packed = random(sequences * length, 3, heads, dim).to(dtype)
+    parts = fused.split_heads(packed, sequences, 0.25)
+    plain = packed.view(sequences, length, 3, heads, dim).permute(2, 0, 3, 1, 4).flatten(1, 2)
+    assert torch.equal(parts, plain * torch.tensor([0.25, 1, 1], dtype=dtype).view(3, 1, 1, 1))
+    target = torch.zeros_like(packed)
+    for index, part in enumerate(fused.split_heads(packed, sequences)):
+        fused.join_heads(part, sequences, target[:, index])
+    assert torch.equal(target, packed)
+    turned = plain[1].mT.contiguous()
+    target.zero_()
+    fused.join_heads(turned.mT, sequences, target[:, 1])
+    assert torch.equal(target[:, 1], packed[:, 1])
+    assert not target[:, ::2].any()
+    fused.join_heads(plain[2].clone(memory_format=torch.contiguous_format), sequences, target[:, 2], 0.5)
+    assert torch.equal(target[:, 2], packed[:, 2] * 0.5)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("shape", [(64, 96), (101, 77), (5000, 3), (3, 5000), (4, 50, 64), (6, 33, 31)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matrices_are_laid_out_transposed(
+    dtype: torch.dtype, shape: tuple[int, ...], random: Callable[..., Tensor]
+) -> None:
+    matrix = random(*shape).to(dtype)
+    found = fused.transposed(matrix)
+    assert found.is_contiguous()
+    assert torch.equal(found, matrix.mT)
+    if matrix.dim() == 3:
+        assert torch.equal(fused.laid_out(matrix.mT), matrix.mT)
+        assert fused.laid_out(matrix.mT).is_contiguous()
+        assert fused.laid_out(matrix) is matrix
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_are_summed_precisely(dtype: torch.dtype, random: Callable[..., Tensor]) -> None:
+    rows = (random(3001, 70) + 1).to(dtype)
+    found, exact = fused.sum_rows(rows), rows.double().sum(0)
+    limit = 1e-6 if found.dtype == torch.float32 else 1e-2
+    assert ((found.double() - exact) / exact).abs().max() < limit
+    lain_otherwise = rows.t().contiguous().t()
+    assert torch.equal(fused.sum_rows(lain_otherwise), lain_otherwise.sum(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_number_of_threads_changes_nothing(dtype: torch.dtype, random: Callable[..., Tensor]) -> None:
+    if native.parallel_library() is None:
+        pytest.skip("nothing was compiled for this processor")
+    rows, grad, weight = random(500, 96).to(dtype), random(500, 96).to(dtype), random(96).to(dtype)
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            normed, mean, scale = fused.layer_norm(rows, weight, weight, 1e-6)
+            backward = fused.layer_norm_backward(grad, rows, mean, scale, weight, weight)
+            found.append([normed, *backward, fused.sum_rows(rows), *fused.gelu_backward(grad.clone(), rows)])
+    finally:
+        torch.set_num_threads(before)
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
+
+
+def test_what_compiled_code_cannot_take_is_torchs(random: Callable[..., Tensor]) -> None:
+    rows = random(100, 96)
+    assert fused.compiled(rows) == (native.parallel_library() is not None)
+    for other in (rows.double(), rows.half(), rows[:, ::2], rows.t(), rows[:3], torch.empty(100, 96, device="meta")):
+        assert not fused.compiled(other)
+    assert not fused.compiled(rows, rows.bfloat16())
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert not fused.compiled(torch.empty(100, 96))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_branch_has_the_same_gradients_with_and_without(dtype: torch.dtype, random: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    norm = torch.nn.LayerNorm(48).to(dtype)
+    first, second = torch.nn.Linear(48, 96).to(dtype), torch.nn.Linear(96, 48).to(dtype)
+    gamma, tokens = torch.nn.Parameter(random(48).to(dtype)), random(300, 48).to(dtype)
+    parameters = [*norm.parameters(), *first.parameters(), *second.parameters(), gamma]
+
+    def found() -> list[Tensor]:
+        rows = tokens.clone().requires_grad_()
+        out = frugal.feed_forward(rows, norm, first, "gelu", second, gamma, onto=True)
+        return [out, *torch.autograd.grad(out.square().sum(), [rows, *parameters])]
+
+    with_it = found()
+    with native.switched_off():
+        without = found()
+    for one, other in zip(with_it, without, strict=True):
+        assert one.dtype == other.dtype == dtype
+        scale = other.double().abs().max()
+        limit = 1e-5 if dtype == torch.float32 else 2e-2
+        assert (one.double() - other.double()).abs().max() <= limit * scale
