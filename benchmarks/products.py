@@ -31,6 +31,7 @@ from dinov2_fsdp.config import Config, load
 from dinov2_fsdp.data.batch import Microbatch
 from dinov2_fsdp.data.loader import build_loader
 from dinov2_fsdp.data.sources import open_source
+from dinov2_fsdp.models.fused import attention, attention_backward
 from dinov2_fsdp.models.initialise import initialise
 from dinov2_fsdp.models.products import LEAST_PARTS, bmm, by_onednn, linear, packed
 from dinov2_fsdp.parallel.place import place_from_environment
@@ -75,6 +76,49 @@ class Product:
         return made[0], made[1]
 
 
+@dataclass(frozen=True)
+class CompiledAttention:
+    """The products of this project's own attention, of which a library would do one after the other."""
+
+    sequences: int
+    length: int
+    heads: int
+    dim: int
+    backward: bool
+    keep: bool
+
+    dtype = torch.float32
+
+    @property
+    def flops(self) -> int:
+        """Two products forward, four backward."""
+        return sum(product.flops for product in self.products)
+
+    @property
+    def products(self) -> list[Product]:
+        """The single products."""
+        batch, length, dim = self.sequences * self.heads, self.length, self.dim
+
+        def lies(*shape: int) -> Operand:
+            return Operand(shape, (shape[1] * shape[2], shape[2], 1))
+
+        narrow, turned, square = lies(batch, length, dim), lies(batch, dim, length), lies(batch, length, length)
+        scores, values = Product(narrow, turned, self.dtype), Product(square, narrow, self.dtype)
+        across = Product(turned, square, self.dtype)
+        return [scores, values, across, across] if self.backward else [scores, values]
+
+    def seconds(self, device: torch.device) -> float:
+        """Return the better of what libraries take, and what the operation takes, with its softmax."""
+        packed = torch.randn(self.sequences * self.length, 3, self.heads, self.dim)
+        out, weights = attention(packed, self.sequences, True)
+        run: Callable[[], object] = (
+            (lambda: attention_backward(out, packed, weights, self.sequences))
+            if self.backward
+            else (lambda: attention(packed, self.sequences, self.keep))
+        )
+        return min(_repeated(run, device), sum(seconds_of(product, device) for product in self.products))
+
+
 MATRICES = {"mm": (0, 1), "addmm": (1, 2), "addmm_": (1, 2), "bmm": (0, 1), "_linear_pointwise": (0, 1)}
 """Which arguments of each operation are the matrices."""
 
@@ -84,7 +128,7 @@ class ProductRecorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.products: Counter[Product] = Counter()
+        self.products: Counter[Product | CompiledAttention] = Counter()
         self.others: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -98,6 +142,11 @@ class ProductRecorder(TorchDispatchMode):
                 second = _operand(right.t())
             if left.numel() and right.numel():
                 self.products[Product(_operand(left), second, left.dtype)] += 1
+        elif func.namespace == "dinov2_fsdp":
+            backward = len(args) == 4
+            qkv, sequences = (args[1], args[3]) if backward else args[:2]
+            length, _, heads, dim = len(qkv) // sequences, *qkv.shape[1:]
+            self.products[CompiledAttention(sequences, length, heads, dim, backward, backward or args[2])] += 1
         elif func.overloadpacket.__name__ == "convolution" and (batch := _batch_of(*args)):
             self.products[batch] += 1
         elif func.overloadpacket.__name__ in ("baddbmm", "convolution", "convolution_backward") or (
@@ -125,8 +174,8 @@ class Recorded:
     """The products of a step of ``images`` images: of all of it, and of the student alone (forward and backward)."""
 
     images: int
-    all: Counter[Product]
-    student: Counter[Product]
+    all: Counter[Product | CompiledAttention]
+    student: Counter[Product | CompiledAttention]
     others: Counter[str]
 
 
@@ -167,8 +216,10 @@ def record_step(config: Config) -> tuple[Recorded, torch.device]:
         return Recorded(batch.images, both, of_student.products, others), batch.global_crops.device
 
 
-def seconds_of(product: Product, device: torch.device) -> float:
-    """Return how long the product takes by itself, seconds, by the faster of the libraries that the model may use."""
+def seconds_of(product: Product | CompiledAttention, device: torch.device) -> float:
+    """Return how long the product takes by itself, seconds, by the faster of the ways that the model may take."""
+    if isinstance(product, CompiledAttention):
+        return product.seconds(device)
     left, right = product.operands(device)
     multiply: Callable[..., Tensor] = torch.bmm if left.dim() == 3 else torch.mm
     # Into the same memory every time: what it costs to obtain new memory is the step's, not the product's. oneDNN can

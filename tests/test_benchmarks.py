@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import data_path
 import step_profile
 from peer_step import settings
-from products import Operand, Product, record_step, seconds_of
+from products import CompiledAttention, Operand, Product, record_step, seconds_of
 from step_profile import kind_of, profile_step
 
+from dinov2_fsdp import native
 from dinov2_fsdp.config import Config, load
 from dinov2_fsdp.counts import step_flops_per_image
 from dinov2_fsdp.data.sources import open_source
@@ -58,9 +59,12 @@ def test_a_step_of_many_parts_records_its_products_as_the_formula_too(monkeypatc
     recorded = record_step(config)[0].all
     counted = sum(product.flops * count for product, count in recorded.items())
     assert counted / config.train.microbatch == pytest.approx(step_flops_per_image(config), rel=0.03)
-    packed = [product for product in recorded if product.right.packed]
+    packed = [product for product in recorded if isinstance(product, Product) and product.right.packed]
     assert bool(packed) == (torch.backends.cpu.get_cpu_capability() == "AVX512")
-    assert all(0 < seconds_of(product, torch.device("cpu")) < 1 for product in packed[:2])
+    own = [product for product in recorded if isinstance(product, CompiledAttention)]
+    library = native.parallel_library()
+    assert {product.backward for product in own} == ({True, False} if library and library.has_attention else set())
+    assert all(0 < seconds_of(product, torch.device("cpu")) < 1 for product in packed[:2] + own[:2])
 
 
 @pytest.mark.parametrize("batch", [(), (2,)], ids=["matrices", "batches of them"])

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from operations import TOLERANCES
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2_fsdp import native
 from dinov2_fsdp.models import frugal, fused
@@ -214,6 +215,50 @@ def test_heads_are_split_and_joined_without_a_change(
     assert torch.equal(target[:, 2], packed[:, 2] * 0.5)
 
 
+def has_attention() -> bool:
+    library = native.parallel_library()
+    return library is not None and library.has_attention
+
+
+@pytest.mark.skipif(not has_attention(), reason="compiled attention needs AVX-512")
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(
+    "shape",
+    # Rows left over by twelves, eights, fours, twos; columns by pairs of vectors and by single ones.
+    [(2, 257, 2, 64), (3, 50, 6, 64), (2, 47, 3, 24), (40, 1, 2, 64), (5, 16, 4, 40), (1, 97, 1, 17), (7, 33, 2, 32)],
+)
+def test_compiled_attention_and_its_gradient_are_those_of_double_precision(
+    shape: tuple[int, ...], keep: bool, random: Callable[..., Tensor]
+) -> None:
+    sequences, length, heads, dim = shape
+    qkv = (2 * random(sequences * length, 3, heads, dim)).requires_grad_()
+    wide = qkv.detach().double().requires_grad_()
+    query, key, value = wide.view(sequences, length, 3, heads, dim).permute(2, 0, 3, 1, 4)
+    weights = (query @ key.mT / dim**0.5).softmax(-1)
+    expected = (weights @ value).transpose(1, 2).reshape(sequences * length, heads * dim)
+    with torch.no_grad():
+        found, kept = fused.attention(qkv.detach(), sequences, keep)
+        torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=1e-5)
+        if not keep:
+            assert kept.numel() == 0
+            return
+        torch.testing.assert_close(kept.double(), weights.flatten(0, 1), rtol=2e-5, atol=1e-5)
+        grad = random(*expected.shape)
+        of_qkv = fused.attention_backward(grad, qkv.detach(), kept, sequences)
+    expected.backward(grad.double())
+    torch.testing.assert_close(of_qkv.double(), wide.grad, rtol=5e-5, atol=2e-5)
+
+
+@pytest.mark.skipif(not has_attention(), reason="compiled attention needs AVX-512")
+def test_what_compiled_attention_multiplies_is_counted(random: Callable[..., Tensor]) -> None:
+    qkv = random(2 * 50, 3, 2, 16)
+    with FlopCounterMode(display=False) as counter:
+        out, weights = fused.attention(qkv, 2, True)
+        fused.attention_backward(out, qkv, weights, 2)
+    assert counter.get_total_flops() == 6 * 2 * (2 * 2 * 50 * 50 * 16)
+    assert not fused.attention_compiled(qkv.bfloat16())
+
+
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("shape", [(64, 96), (101, 77), (5000, 3), (3, 5000), (4, 50, 64), (6, 33, 31)])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -254,6 +299,10 @@ def test_the_number_of_threads_changes_nothing(dtype: torch.dtype, random: Calla
             normed, mean, scale = fused.layer_norm(rows, weight, weight, 1e-6)
             backward = fused.layer_norm_backward(grad, rows, mean, scale, weight, weight)
             found.append([normed, *backward, fused.sum_rows(rows), *fused.gelu_backward(grad.clone(), rows)])
+            if has_attention() and dtype == torch.float32:
+                qkv = rows[:480].view(5 * 32, 3, 4, 24)
+                out, weights = fused.attention(qkv, 5, True)
+                found[-1] += [out, weights, fused.attention_backward(out, qkv, weights, 5)]
     finally:
         torch.set_num_threads(before)
     for others in found[1:]:

@@ -1,8 +1,8 @@
 """The attention branch of a block, a few sequences at a time from its norm to its projection: for a CPU.
 
 As in :mod:`dinov2_fsdp.models.frugal`, what lies between the branch's ends stays in the cache, forward and backward.
-Kept for the backward pass are queries, keys and values as the products want them, the softmax weights and the
-projection's input, in parts.
+Kept for the backward pass are queries, keys and values (as plain products want them, where those are what computes
+attention), the softmax weights and the projection's input, in parts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from torch.autograd.function import once_differentiable
 
 from dinov2_fsdp.models import frugal
 from dinov2_fsdp.models.frugal import OF_NORM_LINEAR, Sums, in_weights, norm_linear_backward, of_layer_scale
-from dinov2_fsdp.models.fused import added, join_heads, layer_norm, split_heads, sum_rows
+from dinov2_fsdp.models.fused import (
+    added,
+    attention,
+    attention_backward,
+    attention_compiled,
+    join_heads,
+    layer_norm,
+    split_heads,
+    sum_rows,
+)
 from dinov2_fsdp.models.layout import Layout
 from dinov2_fsdp.models.plain_attention import attend_parts, attend_parts_backward
 from dinov2_fsdp.models.products import linear, packed
@@ -80,7 +89,7 @@ class _AttentionBranch(torch.autograd.Function):
         onto: bool,
         keep: bool,
     ) -> Tensor:
-        ctx.heads, ctx.eps, ctx.onto, ctx.few = heads, eps, onto, list(_few_sequences(layout))
+        ctx.heads, ctx.eps, ctx.onto, ctx.few, ctx.compiled = heads, eps, onto, list(_few_sequences(layout)), []
         count, dim = len(ctx.few), tokens.shape[-1]
         first = packed(weight1, count)
         weight, bias = in_weights(weight2, bias2, gamma)
@@ -89,14 +98,18 @@ class _AttentionBranch(torch.autograd.Function):
         for rows, sequences in ctx.few:
             normed, mean, scale = layer_norm(tokens[rows], norm_weight, norm_bias, eps)
             qkv = linear(normed, first, bias1).unflatten(-1, (3, heads, -1))
-            parts = split_heads(qkv, sequences, qkv.shape[-1] ** -0.5)
-            del normed, qkv
-            found, weights = attend_parts(parts)
-            attended = found.new_empty(len(mean), dim)
-            join_heads(found, sequences, attended.unflatten(-1, (heads, -1)))
+            del normed
+            ctx.compiled.append(attention_compiled(qkv))
+            if ctx.compiled[-1]:
+                attended, weights = attention(qkv, sequences, keep)
+            else:
+                qkv = split_heads(qkv, sequences, qkv.shape[-1] ** -0.5)
+                found, weights = attend_parts(qkv)
+                attended = found.new_empty(len(mean), dim)
+                join_heads(found, sequences, attended.unflatten(-1, (heads, -1)))
             found = linear(attended, second, bias)
             out = added(found, tokens[rows] if onto else None, frugal.rows_of(whole, rows))
-            kept += [parts, weights, attended, mean, scale] if keep else []
+            kept += [qkv, weights, attended, mean, scale] if keep else []
         ctx.save_for_backward(tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept)
         return out if whole is None else whole
 
@@ -108,13 +121,16 @@ class _AttentionBranch(torch.autograd.Function):
         scaled = in_weights(weight2, bias2, gamma)[0]
         whole, sums = frugal.whole_for(count, tokens), Sums(count)
         for i, (rows, sequences) in enumerate(ctx.few):
-            parts, weights, attended, *statistics = kept[_KEPT_EACH * i : _KEPT_EACH * (i + 1)]
+            qkv, weights, attended, *statistics = kept[_KEPT_EACH * i : _KEPT_EACH * (i + 1)]
             sums.add_product("scaled", grad[rows], attended)
             sums.add("bias2", sum_rows(grad[rows]))
-            of_attended = linear(grad[rows], scaled.t()).unflatten(-1, (1, heads, -1))
-            of_out = split_heads(of_attended, sequences)[0]
-            of_qkv = of_attended.new_empty(len(attended), 3, heads, dim // heads)
-            attend_parts_backward(of_out, parts, weights, of_qkv, sequences)
+            of_attended = linear(grad[rows], scaled.t())
+            if ctx.compiled[i]:
+                of_qkv = attention_backward(of_attended, qkv, weights, sequences)
+            else:
+                of_out = split_heads(of_attended.unflatten(-1, (1, heads, -1)), sequences)[0]
+                of_qkv = of_attended.new_empty(len(attended), 3, heads, dim // heads)
+                attend_parts_backward(of_out, qkv, weights, of_qkv, sequences)
             ends = (grad[rows] if ctx.onto else None, frugal.rows_of(whole, rows))
             of_qkv = of_qkv.flatten(1)
             out = norm_linear_backward(of_qkv, tokens[rows], statistics, norm, weight1, sums, None, *ends)

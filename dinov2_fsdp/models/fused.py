@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from dinov2_fsdp.native import Library, parallel_library
 
@@ -128,6 +129,72 @@ def softmax_backward(of_weights: Tensor, weights: Tensor) -> Tensor:
     columns = weights.shape[-1]
     library.softmax_backward(0, of_weights.data_ptr(), weights.data_ptr(), weights.numel() // columns, columns)
     return of_weights
+
+
+def attention_compiled(qkv: Tensor) -> bool:
+    """Return whether :func:`attention` can be had for tensors like this one: in fp32, with AVX-512."""
+    library = _library(qkv)
+    return library is not None and library.has_attention and qkv.dtype == torch.float32
+
+
+def attention(qkv: Tensor, sequences: int, keep: bool) -> tuple[Tensor, Tensor]:
+    """Return softmax(q·kᵀ/√d)·v for ``(sequences · length, 3, heads, dim)`` and the softmax weights.
+
+    The former is ``(sequences · length, heads · dim)``, the latter ``(sequences · heads, length, length)``, empty if
+    they are not to be kept. Ask :func:`attention_compiled` first.
+    """
+    out: tuple[Tensor, Tensor] = torch.ops.dinov2_fsdp.attention(qkv, sequences, keep)
+    return out
+
+
+def attention_backward(grad: Tensor, qkv: Tensor, weights: Tensor, sequences: int) -> Tensor:
+    """Return the gradient in ``qkv``, see :func:`attention`, from that in its result."""
+    out: Tensor = torch.ops.dinov2_fsdp.attention_backward(grad.contiguous(), qkv, weights, sequences)
+    return out
+
+
+def _attention(qkv: Tensor, sequences: int, keep: bool) -> tuple[Tensor, Tensor]:
+    rows, _, heads, dim = qkv.shape
+    length = rows // sequences
+    out, weights = qkv.new_empty(rows, heads * dim), qkv.new_empty(sequences * heads if keep else 0, length, length)
+    shape = (sequences, length, heads, dim, dim**-0.5)
+    _loaded().attention(qkv.data_ptr(), *shape, weights.data_ptr() if keep else None, out.data_ptr())
+    return out, weights
+
+
+def _attention_backward(grad: Tensor, qkv: Tensor, weights: Tensor, sequences: int) -> Tensor:
+    rows, _, heads, dim = qkv.shape
+    out, shape = torch.empty_like(qkv), (sequences, rows // sequences, heads, dim, dim**-0.5)
+    _loaded().attention_backward(grad.data_ptr(), qkv.data_ptr(), weights.data_ptr(), *shape, out.data_ptr())
+    return out
+
+
+def _loaded() -> Library:
+    library = parallel_library()
+    if library is None:
+        raise RuntimeError("nothing was compiled for this processor")
+    return library
+
+
+# Operations of torch's, for whatever looks at them: what they multiply is counted.
+_operations = torch.library.Library("dinov2_fsdp", "DEF")
+_operations.define("attention(Tensor qkv, int sequences, bool keep) -> (Tensor, Tensor)")
+_operations.define("attention_backward(Tensor grad, Tensor qkv, Tensor weights, int sequences) -> Tensor")
+_operations.impl("attention", _attention, "CPU")
+_operations.impl("attention_backward", _attention_backward, "CPU")
+
+
+@register_flop_formula(torch.ops.dinov2_fsdp.attention)
+def _attention_flops(qkv: tuple[int, ...], sequences: int, *_: object, **__: object) -> int:
+    rows, _three, heads, dim = qkv
+    return 4 * rows * (rows // sequences) * heads * dim
+
+
+@register_flop_formula(torch.ops.dinov2_fsdp.attention_backward)
+def _attention_backward_flops(
+    grad: object, qkv: tuple[int, ...], weights: object, sequences: int, *_: object, **__: object
+) -> int:
+    return 2 * _attention_flops(qkv, sequences)
 
 
 def split_heads(packed: Tensor, sequences: int, factor: float | None = None) -> Tensor:

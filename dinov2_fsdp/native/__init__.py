@@ -37,6 +37,11 @@ _ARGUMENTS = {
     "transpose": (_INT, _POINTER, *[_INDEX] * 3, _POINTER),
 }
 
+_WITH_AVX512 = {
+    "attention": (_POINTER, *[_INDEX] * 4, _FLOAT, _POINTER, _POINTER),
+    "attention_backward": (_POINTER, _POINTER, _POINTER, *[_INDEX] * 4, _FLOAT, _POINTER),
+}
+
 _switched_off = False
 
 
@@ -46,16 +51,18 @@ class Library:
     def __init__(self, path: Path) -> None:
         self.variant = path.name.partition(".")[0].strip("_")
         self._loaded = ctypes.CDLL(str(path))
-        for name in _ARGUMENTS:
+        self.has_attention = bool(self._loaded.dinov2_has_attention())
+        self._arguments = {**_ARGUMENTS, **(_WITH_AVX512 if self.has_attention else {})}
+        for name in self._arguments:
             getattr(self, name)
         self._loaded.dinov2_widest_row.restype = _INDEX
         self.widest_row: int = self._loaded.dinov2_widest_row()
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        if name not in _ARGUMENTS:
+        if name.startswith("_") or name not in self._arguments:
             raise AttributeError(name)
         function = getattr(self._loaded, f"dinov2_{name}")
-        function.argtypes, function.restype = _ARGUMENTS[name], None
+        function.argtypes, function.restype = self._arguments[name], None
         setattr(self, name, function)
         return cast(Callable[..., None], function)
 

@@ -410,6 +410,146 @@ void join_heads(const T* by_head, Index sequences, Index length, Index heads, In
   }
 }
 
+#ifdef __AVX512F__
+
+// Attention in single precision, one sequence's head after the other: its scores stay in a core's cache, and queries,
+// keys and values are read where they lie. Libraries' products of such small matrices, 257 × 64 × 257, leave half of the
+// processor's speed unused (docs/performance.md).
+
+// c (kRows × 16 · kVectors) = a · b; a[row][k] lies at row · a_row + k · a_k; `last` masks the last vector's columns.
+template <int kRows, int kVectors>
+inline void product_tile(const float* a, Index a_row, Index a_k, const float* b, Index b_k, Index depth,
+                         __mmask16 last, float* c, Index c_row) {
+  __m512 sums[kRows][kVectors];
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) sums[row][v] = _mm512_setzero_ps();
+  for (Index k = 0; k < depth; ++k) {
+    __m512 columns[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v)
+      columns[v] = v + 1 < kVectors ? _mm512_loadu_ps(b + k * b_k + 16 * v)
+                                    : _mm512_maskz_loadu_ps(last, b + k * b_k + 16 * v);
+#pragma GCC unroll 12
+    for (int row = 0; row < kRows; ++row) {
+      const __m512 value = _mm512_set1_ps(a[row * a_row + k * a_k]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) sums[row][v] = _mm512_fmadd_ps(value, columns[v], sums[row][v]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v)
+      _mm512_mask_storeu_ps(c + row * c_row + 16 * v, v + 1 < kVectors ? __mmask16(0xffff) : last, sums[row][v]);
+}
+
+template <int kRows, int kVectors>
+inline void product_rows(Index rows, const float* a, Index a_row, Index a_k, const float* b, Index b_k, Index depth,
+                         __mmask16 last, float* c, Index c_row) {
+  for (; rows >= kRows; rows -= kRows, a += kRows * a_row, c += kRows * c_row)
+    product_tile<kRows, kVectors>(a, a_row, a_k, b, b_k, depth, last, c, c_row);
+  if constexpr (kRows > 1) {
+    constexpr int kFewer = kRows > 8 ? 8 : kRows / 2;
+    if (rows) product_rows<kFewer, kVectors>(rows, a, a_row, a_k, b, b_k, depth, last, c, c_row);
+  }
+}
+
+// c (rows × columns) = a (rows × depth) · b (depth × columns), whose rows lie side by side.
+void product(Index rows, Index columns, Index depth, const float* a, Index a_row, Index a_k, const float* b, Index b_k,
+             float* c, Index c_row) {
+  for (Index start = 0; start < columns; start += 32) {
+    const Index some = std::min<Index>(32, columns - start);
+    const Index in_last = some > 16 ? some - 16 : some;
+    const auto last = static_cast<__mmask16>((1u << in_last) - 1u);
+    if (some > 16) {
+      product_rows<12, 2>(rows, a, a_row, a_k, b + start, b_k, depth, last, c + start, c_row);
+    } else {
+      product_rows<12, 1>(rows, a, a_row, a_k, b + start, b_k, depth, last, c + start, c_row);
+    }
+  }
+}
+
+// The place of one head of one sequence in packed (sequences · length, parts, heads, dim).
+struct Heads {
+  Index sequences, length, heads, dim;
+  Index stride() const { return heads * dim; }
+  Index of(Index index, Index parts) const {
+    return (index / heads) * length * parts * stride() + (index % heads) * dim;
+  }
+};
+
+// The softmax weights are written only if there is a place for them.
+void attention(const float* qkv, Heads at, float factor, float* weights, float* out) {
+  const Index length = at.length, dim = at.dim, row = 3 * at.stride(), count = at.sequences * at.heads;
+#pragma omp parallel
+  {
+    const std::unique_ptr<float[]> keys(new float[dim * length]), cached(new float[weights ? 1 : length * length]);
+#pragma omp for schedule(static)
+    for (Index i = 0; i < count; ++i) {
+      const float* query = qkv + at.of(i, 3);
+      const float* key = query + at.stride();
+      const float* value = key + at.stride();
+      float* scores = weights ? weights + i * length * length : cached.get();
+      transpose_part(key, row, length, dim, keys.get(), length);
+      product(length, length, dim, query, row, 1, keys.get(), length, scores, length);
+      for (Index r = 0; r < length; ++r) {
+        float* __restrict values = scores + r * length;
+        float largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+        for (Index c = 0; c < length; ++c) {
+          values[c] *= factor;
+          largest = values[c] > largest ? values[c] : largest;
+        }
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (Index c = 0; c < length; ++c) {
+          values[c] = exp_below_zero(values[c] - largest);
+          sum += values[c];
+        }
+        const float scale = 1.0f / sum;
+#pragma omp simd
+        for (Index c = 0; c < length; ++c) values[c] *= scale;
+      }
+      product(length, dim, length, scores, length, 1, value, row, out + at.of(i, 1), at.stride());
+    }
+  }
+}
+
+void attention_backward(const float* gradient, const float* qkv, const float* weights, Heads at, float factor,
+                        float* of_qkv) {
+  const Index length = at.length, dim = at.dim, row = 3 * at.stride(), count = at.sequences * at.heads;
+#pragma omp parallel
+  {
+    const std::unique_ptr<float[]> values(new float[dim * length]), scores(new float[length * length]);
+#pragma omp for schedule(static)
+    for (Index i = 0; i < count; ++i) {
+      const float* query = qkv + at.of(i, 3);
+      const float* key = query + at.stride();
+      const float* of_out = gradient + at.of(i, 1);
+      const float* kept = weights + i * length * length;
+      float* of_query = of_qkv + at.of(i, 3);
+      transpose_part(key + at.stride(), row, length, dim, values.get(), length);
+      product(length, length, dim, of_out, at.stride(), 1, values.get(), length, scores.get(), length);
+      for (Index r = 0; r < length; ++r) {
+        float* __restrict of_scores = scores.get() + r * length;
+        const float* __restrict w = kept + r * length;
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (Index c = 0; c < length; ++c) sum += of_scores[c] * w[c];
+#pragma omp simd
+        for (Index c = 0; c < length; ++c) of_scores[c] = factor * w[c] * (of_scores[c] - sum);
+      }
+      product(length, dim, length, scores.get(), length, 1, key, row, of_query, row);
+      product(length, dim, length, scores.get(), 1, length, query, row, of_query + at.stride(), row);
+      product(length, dim, length, kept, 1, length, of_out, at.stride(), of_query + 2 * at.stride(), row);
+    }
+  }
+}
+
+#endif
+
 }  // namespace
 
 // `half` says that tensors hold bfloat16, else float.
@@ -469,3 +609,26 @@ EXPORT void dinov2_join_heads(int half, const void* by_head, Index sequences, In
 EXPORT void dinov2_transpose(int half, const void* in, Index batch, Index rows, Index columns, void* out) {
   CALL(transpose, IN(in), batch, rows, columns, OUT(out))
 }
+
+// Whether there is attention: it needs AVX-512.
+EXPORT int dinov2_has_attention() {
+#ifdef __AVX512F__
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+#ifdef __AVX512F__
+
+EXPORT void dinov2_attention(const float* qkv, Index sequences, Index length, Index heads, Index dim, float factor,
+                             float* weights, float* out) {
+  attention(qkv, {sequences, length, heads, dim}, factor, weights, out);
+}
+
+EXPORT void dinov2_attention_backward(const float* gradient, const float* qkv, const float* weights, Index sequences,
+                                      Index length, Index heads, Index dim, float factor, float* of_qkv) {
+  attention_backward(gradient, qkv, weights, {sequences, length, heads, dim}, factor, of_qkv);
+}
+
+#endif
