@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from dinov2_fsdp.native import variant
 from dinov2_fsdp.parallel.place import available_cores
 
 _PACKAGES = ("dinov2_fsdp", "torchvision", "numpy", "pillow", "omegaconf", "xformers", "fvcore", "submitit")
@@ -40,6 +41,7 @@ def write_environment(
         "hostname": socket.gethostname(),
         "platform": platform.platform(),
         "cpu": _cpu_model(),
+        "compiled": variant(),
         "cores": available_cores(),
         **(extra or {}),
     }
