@@ -32,4 +32,4 @@ $(READY): setup.py constraints.txt $(wildcard dinov2_fsdp/native/*.cpp)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info dinov2_fsdp/native/*.so

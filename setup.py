@@ -1,5 +1,6 @@
 """Installation. Known-good versions of everything are in constraints.txt."""
 
+import hashlib
 import platform
 import sys
 from pathlib import Path
@@ -20,10 +21,13 @@ def compiled():
     """Return what a compiler builds; an installation without a compiler goes on, and does the same in torch."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return []
+    source = Path(__file__).parent / "dinov2_fsdp" / "native" / "layers.cpp"
+    fingerprint = hashlib.sha256(source.read_bytes()).hexdigest()
     return [
         Extension(
             f"dinov2_fsdp.native.{name}",
             ["dinov2_fsdp/native/layers.cpp"],
+            define_macros=[("DINOV2_SOURCE", f'"{fingerprint}"')],
             extra_compile_args=[*_OPTIONS, *flags],
             extra_link_args=["-fopenmp"],
             language="c++",

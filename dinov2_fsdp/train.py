@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2_fsdp import native
 from dinov2_fsdp.checkpoint import (
     Checkpointer,
     begin_life,
@@ -194,8 +195,9 @@ def run(
         write_durably(run_dir / "config.yaml", to_yaml(config).encode())
         write_environment(run_dir, world.size, world.device, {"attention": backend, "life": life_now})
         parameters = sum(p.numel() for p in student.backbone.parameters())
+        compiled = f" (compiled code: {native.variant()})" if world.device.type == "cpu" else ""
         monitor.message(
-            f"{world.size} process(es) on {world.device.type}, {torch.get_num_threads()} thread(s) each, "
+            f"{world.size} process(es) on {world.device.type}{compiled}, {torch.get_num_threads()} thread(s) each, "
             f"attention {backend}, {config.train.precision}; backbone "
             f"{parameters / 1e6:.1f} M parameters; {len(source):,} images, {length.total:,} steps of "
             f"{config.train.batch}, {length.epoch} steps an epoch"

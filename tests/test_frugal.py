@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from operations import Called, gradients
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dinov2_fsdp.models import frugal, frugal_attention, products
+from dinov2_fsdp import native
+from dinov2_fsdp.models import frugal, frugal_attention, fused, products
 from dinov2_fsdp.models.block import Block
 from dinov2_fsdp.models.frugal import ACTIVATIONS, feed_forward, norm_linear, scaled_linear
 from dinov2_fsdp.models.frugal_attention import attention_branch
@@ -45,12 +47,20 @@ def everything(*layers: nn.Module, gamma: nn.Parameter | None) -> list[nn.Parame
     return found if gamma is None else [*found, gamma]
 
 
-@pytest.fixture(params=[512, 7], ids=["whole", "a few rows at a time"], autouse=True)
-def at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Every test of this file runs with activations that are computed whole, and a few rows at a time."""
-    monkeypatch.setattr(frugal, "CACHED_ROWS", request.param)
+@pytest.fixture(
+    params=[(512, True), (7, True), (7, False)],
+    ids=["whole", "a few rows at a time", "a few rows at a time by torch alone"],
+    autouse=True,
+)
+def at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Every test of this file runs with activations that are computed whole, and a few rows at a time, by compiled code
+    and without."""
+    rows, compiled = request.param
+    monkeypatch.setattr(frugal, "CACHED_ROWS", rows)
+    monkeypatch.setattr(fused, "_LEAST", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    return int(request.param)
+    with nullcontext() if compiled else native.switched_off():
+        yield rows
 
 
 @pytest.fixture

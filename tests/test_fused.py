@@ -48,12 +48,31 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no compiler")
+@pytest.mark.skipif(native.SWITCH in os.environ, reason="the environment says whether it is wanted")
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in native.VARIANTS, reason="nothing is compiled for this processor"
 )
 def test_an_installation_with_a_compiler_has_compiled_code_on_torchs_own_threads() -> None:
     assert native.variant() in ("avx512", "avx2")
     assert native.parallel_library() is not None
+
+
+def test_other_packages_with_threads_of_their_own_change_nothing() -> None:
+    """scikit-learn's wheel brings an OpenMP library beside torch's."""
+    code = "import sklearn.metrics, sklearn.cluster; from dinov2_fsdp import native; print(native.variant())"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == native.variant()
+
+
+def test_what_was_built_from_other_code_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if native.library() is None:
+        pytest.skip("nothing was compiled for this processor")
+    monkeypatch.setattr(native, "source", lambda: b"something else")
+    with caplog.at_level("WARNING"):
+        assert native._load.__wrapped__() is None
+    assert "install this project again" in caplog.text
 
 
 def test_what_the_environment_switches_off_is_not_loaded() -> None:
@@ -312,13 +331,33 @@ def test_the_number_of_threads_changes_nothing(dtype: torch.dtype, random: Calla
 def test_what_compiled_code_cannot_take_is_torchs(random: Callable[..., Tensor]) -> None:
     rows = random(100, 96)
     assert fused.compiled(rows) == (native.parallel_library() is not None)
-    for other in (rows.double(), rows.half(), rows[:, ::2], rows.t(), rows[:3], torch.empty(100, 96, device="meta")):
+    wide = random(200, 192)
+    for other in (rows.double(), rows.half(), wide[:, ::2], wide.t(), rows[:3], torch.empty(100, 96, device="meta")):
         assert not fused.compiled(other)
     assert not fused.compiled(rows, rows.bfloat16())
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
         assert not fused.compiled(torch.empty(100, 96))
+    # One dimension more than compiled code knows.
+    several, weight = random(2, 50, 96), random(96)
+    normed, _, _ = fused.layer_norm(several, weight, weight, 1e-6)
+    torch.testing.assert_close(normed, F.layer_norm(several, [96], weight, weight, 1e-6))
+    four = random(2, 3, 40, 50)
+    assert torch.equal(fused.transposed(four), four.mT)
+    assert fused.sum_rows(several).shape == (50, 96)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_backward_pass_need_not_be_compiled_because_the_forward_pass_was(
+    dtype: torch.dtype, random: Callable[..., Tensor]
+) -> None:
+    norm, linear = torch.nn.LayerNorm(48).to(dtype), torch.nn.Linear(48, 96).to(dtype)
+    tokens = random(300, 48).to(dtype).requires_grad_()
+    out = frugal.norm_linear(tokens, norm, linear)
+    expanded = torch.autograd.grad(out.sum(), tokens, retain_graph=True)[0]  # one value for all: lies nowhere in full
+    with native.switched_off():
+        close(torch.autograd.grad(out.sum(), tokens)[0] / 10, expanded / 10, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -25,7 +25,7 @@ def gelu(hidden: Tensor, overwrite: bool = False) -> Tensor:
     if hidden.dtype != torch.float32 or not (library := _library(hidden)):
         return F.gelu(hidden)
     out = hidden if overwrite else torch.empty_like(hidden)
-    library.gelu(0, hidden.data_ptr(), out.data_ptr(), hidden.numel())
+    library.gelu(hidden.data_ptr(), out.data_ptr(), hidden.numel())
     return out
 
 
@@ -35,7 +35,7 @@ def gelu_backward(of_activated: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor,
     The first takes the place of ``of_activated``; the second is in fp32 if compiled. Three tensors at a time: where
     they are large and nothing is compiled, one after the other takes less memory, see :func:`compiled`.
     """
-    library = _library(of_activated, hidden)
+    library = _library(of_activated, hidden, dim=2)
     if library is None:
         activated = F.gelu(hidden)
         of_hidden: Tensor = torch.ops.aten.gelu_backward.grad_input(of_activated, hidden, grad_input=of_activated)
@@ -48,7 +48,7 @@ def gelu_backward(of_activated: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor,
 
 def sum_rows(rows: Tensor) -> Tensor:
     """Return the sum of ``(rows, width)`` over rows, ``(width,)``, in fp32 if compiled, in the rows' type if not."""
-    library = _library(rows)
+    library = _library(rows, dim=2)
     if library is None:
         return rows.sum(0)
     total = torch.empty(rows.shape[1])
@@ -58,7 +58,7 @@ def sum_rows(rows: Tensor) -> Tensor:
 
 def layer_norm(rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the norm of ``(rows, dim)`` and what its backward pass needs: mean and scale of each row."""
-    library = _library(rows, weight, bias)
+    library = _library(rows, weight, bias, dim=2)
     if library is None:
         out: tuple[Tensor, Tensor, Tensor] = torch.native_layer_norm(rows, [rows.shape[-1]], weight, bias, eps)
         return out
@@ -85,9 +85,12 @@ def layer_norm_backward(
         onto: added to the first, which is written to ``target`` if that is given.
     """
     given = [tensor for tensor in (onto, target) if tensor is not None]
-    library = _library(grad, rows, weight, *given) if mean.dtype == torch.float32 and mean.is_contiguous() else None
+    statistics = mean.dtype == scale.dtype == torch.float32 and mean.is_contiguous() and scale.is_contiguous()
+    library = _library(grad, rows, weight, *given, dim=2) if statistics else None
     if library is None:
         shape, all_three = [rows.shape[-1]], [True, True, True]
+        if rows.device.type == "cpu":  # where torch wants them in the weight's type, which compiled code does not give
+            mean, scale = mean.view(-1, 1).to(weight.dtype), scale.view(-1, 1).to(weight.dtype)
         of_rows, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(
             grad, rows, shape, mean, scale, weight, bias, all_three
         )
@@ -97,7 +100,7 @@ def layer_norm_backward(
     pointers = [grad.data_ptr(), rows.data_ptr(), mean.data_ptr(), scale.data_ptr(), weight.data_ptr()]
     pointers.append(0 if onto is None else onto.data_ptr())
     library.norm_backward(_half(rows), *pointers, *rows.shape, of_rows.data_ptr(), totals.data_ptr())
-    return of_rows, totals[0], totals[1]
+    return of_rows, totals[0], totals[1].clone()
 
 
 def added(part: Tensor, onto: Tensor | None, target: Tensor | None) -> Tensor:
@@ -122,18 +125,18 @@ def softmax(scores: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def softmax_backward(of_weights: Tensor, weights: Tensor) -> Tensor:
-    """Return the gradient in the scores from that in ``weights``, their softmax; the latter may be overwritten."""
+    """Return the gradient in the scores from that in ``weights``, their softmax; ``of_weights`` may be overwritten."""
     # In bf16 torch's is as fast.
     if weights.dtype != torch.float32 or not (library := _library(of_weights, weights)):
         return torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
     columns = weights.shape[-1]
-    library.softmax_backward(0, of_weights.data_ptr(), weights.data_ptr(), weights.numel() // columns, columns)
+    library.softmax_backward(of_weights.data_ptr(), weights.data_ptr(), weights.numel() // columns, columns)
     return of_weights
 
 
 def attention_compiled(qkv: Tensor) -> bool:
     """Return whether :func:`attention` can be had for tensors like this one: in fp32, with AVX-512."""
-    library = _library(qkv)
+    library = _library(qkv, dim=4)
     return library is not None and library.has_attention and qkv.dtype == torch.float32
 
 
@@ -203,7 +206,7 @@ def split_heads(packed: Tensor, sequences: int, factor: float | None = None) -> 
     ``factor``: what the first part is multiplied by.
     """
     rows, parts, heads, dim = packed.shape
-    library = _library(packed)
+    library = _library(packed, dim=4)
     if library is None:
         out = by_head(packed, sequences).clone(memory_format=torch.contiguous_format).flatten(1, 2)
         if factor is not None:
@@ -227,7 +230,7 @@ def join_heads(found: Tensor, sequences: int, target: Tensor, factor: float | No
     turned = not found.is_contiguous() and found.transpose(1, 2).is_contiguous()
     lies = found.transpose(1, 2) if turned else found
     joined = target.stride()[1:] == (dim, 1) and target.dtype == found.dtype and _plain(target)
-    library = _library(lies) if joined and (factor is None or not turned) else None
+    library = _library(lies, dim=3) if joined and (factor is None or not turned) else None
     if library is None:
         scaled = found if factor is None else found.mul_(factor)
         by_head(target[:, None], sequences)[0].copy_(scaled.unflatten(0, (sequences, heads)))
@@ -245,7 +248,7 @@ def by_head(packed: Tensor, sequences: int) -> Tensor:
 
 def transposed(matrix: Tensor) -> Tensor:
     """Return the transposed of ``(rows, columns)`` or of a batch of such, laid out anew."""
-    library = _library(matrix)
+    library = _library(matrix, dim=max(2, min(3, matrix.dim())))
     if library is None:
         return matrix.mT.contiguous()
     *batch, rows, columns = matrix.shape
@@ -266,10 +269,15 @@ def compiled(*tensors: Tensor) -> bool:
     return _library(*tensors) is not None
 
 
-def _library(*tensors: Tensor) -> Library | None:
-    """Return the compiled code if it can take all of these, which then have one type, and enough values."""
+def _library(*tensors: Tensor, dim: int | None = None) -> Library | None:
+    """Return the compiled code if it can take all of these, which then have one type, and enough values.
+
+    ``dim``: how many dimensions the first has to have.
+    """
     first = tensors[0]
-    if first.device.type != "cpu" or first.numel() < _LEAST or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if first.device.type != "cpu" or first.numel() < _LEAST or dim not in (None, first.dim()):
         return None
     same = all(_plain(tensor) and tensor.dtype == first.dtype and tensor.is_contiguous() for tensor in tensors)
     return parallel_library() if same and first.dtype in (torch.float32, torch.bfloat16) else None

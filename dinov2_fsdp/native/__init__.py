@@ -1,14 +1,17 @@
 """Compiled code for a CPU, loaded where it was built: setup.py builds it if there is a C++ compiler.
 
-Nothing needs it. Every function that calls it has the same in torch or OpenCV beside it, which runs elsewhere, and
-with which tests compare it. ``DINOV2_FSDP_NATIVE=off`` in the environment does without it.
+Nothing needs it. Every function that calls it has the same in torch beside it, which runs elsewhere, and with which
+tests compare it. ``DINOV2_FSDP_NATIVE=off`` in the environment does without it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
+import logging
 import os
+import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,14 +27,14 @@ VARIANTS = {"AVX512": "_avx512", "AVX2": "_avx2"}
 _INT, _INDEX, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 _ARGUMENTS = {
-    # Whether tensors are bfloat16 rather than float32, then addresses and numbers, see layers.cpp.
-    "gelu": (_INT, _POINTER, _POINTER, _INDEX),
+    # Whether tensors are bfloat16 rather than float32 where both are taken, addresses and numbers: see layers.cpp.
+    "gelu": (_POINTER, _POINTER, _INDEX),
     "gelu_backward": (_INT, _POINTER, _POINTER, _POINTER, _INDEX, _INDEX, _POINTER),
     "sum_rows": (_INT, _POINTER, _INDEX, _INDEX, _INDEX, _POINTER),
     "norm": (_INT, _POINTER, _POINTER, _POINTER, _FLOAT, _INDEX, _INDEX, _POINTER, _POINTER, _POINTER),
     "norm_backward": (_INT, *[_POINTER] * 6, _INDEX, _INDEX, _POINTER, _POINTER),
     "softmax": (_INT, _POINTER, _POINTER, _INDEX, _INDEX),
-    "softmax_backward": (_INT, _POINTER, _POINTER, _INDEX, _INDEX),
+    "softmax_backward": (_POINTER, _POINTER, _INDEX, _INDEX),
     "split_heads": (_INT, _POINTER, *[_INDEX] * 5, _FLOAT, _POINTER),
     "join_heads": (_INT, _POINTER, *[_INDEX] * 5, _FLOAT, _INT, _POINTER),
     "transpose": (_INT, _POINTER, *[_INDEX] * 3, _POINTER),
@@ -42,6 +45,7 @@ _WITH_AVX512 = {
     "attention_backward": (_POINTER, _POINTER, _POINTER, *[_INDEX] * 4, _FLOAT, _POINTER),
 }
 
+_log = logging.getLogger(__name__)
 _switched_off = False
 
 
@@ -51,12 +55,24 @@ class Library:
     def __init__(self, path: Path) -> None:
         self.variant = path.name.partition(".")[0].strip("_")
         self._loaded = ctypes.CDLL(str(path))
+        self._loaded.dinov2_source.restype = ctypes.c_char_p
+        if self._loaded.dinov2_source() != source():
+            raise OSError(f"{path} was built from other code")
         self.has_attention = bool(self._loaded.dinov2_has_attention())
         self._arguments = {**_ARGUMENTS, **(_WITH_AVX512 if self.has_attention else {})}
         for name in self._arguments:
             getattr(self, name)
         self._loaded.dinov2_widest_row.restype = _INDEX
         self.widest_row: int = self._loaded.dinov2_widest_row()
+
+    def threads(self) -> int | None:
+        """Return what tells the library of its threads from another, see :func:`parallel_library`."""
+        return _threads_of(self._loaded)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The functions there are."""
+        return tuple(self._arguments)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("_") or name not in self._arguments:
@@ -65,6 +81,11 @@ class Library:
         function.argtypes, function.restype = self._arguments[name], None
         setattr(self, name, function)
         return cast(Callable[..., None], function)
+
+
+def source() -> bytes:
+    """Return the fingerprint of the code as it lies here, which setup.py compiles into what it builds."""
+    return hashlib.sha256(Path(__file__).with_name("layers.cpp").read_bytes()).hexdigest().encode()
 
 
 def library() -> Library | None:
@@ -78,8 +99,8 @@ def parallel_library() -> Library | None:
 
 
 def variant() -> str:
-    """Return the name of what is loaded, ``none`` without."""
-    found = library()
+    """Return the name of what is used, ``none`` without."""
+    found = parallel_library()
     return found.variant if found else "none"
 
 
@@ -97,22 +118,29 @@ def switched_off() -> Iterator[None]:
 @functools.cache
 def _load() -> Library | None:
     name = VARIANTS.get(torch.backends.cpu.get_cpu_capability())
-    if name is None or os.environ.get(SWITCH, "").lower() in ("0", "off", "no"):
+    if name is None or os.environ.get(SWITCH, "").lower() in ("0", "off", "no", "false"):
         return None
-    for path in sorted(Path(__file__).parent.glob(f"{name}.*so")):
-        try:
-            return Library(path)
-        except (OSError, AttributeError):  # of another system, or of older code than this file
-            continue
-    return None
+    path = Path(__file__).with_name(f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}")
+    if not path.exists():
+        return None
+    try:
+        return Library(path)
+    except (OSError, AttributeError) as error:  # of another system, or of other code than lies here
+        _log.warning("compiled code is left alone, install this project again: %s", error)
+        return None
 
 
 @functools.cache
 def _shares_threads() -> bool:
-    if _load() is None:
-        return False
+    """Return whether both have their threads from one library: other packages may bring more of the same."""
+    found = _load()
+    torchs = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
+        return found is not None and found.threads() == _threads_of(ctypes.CDLL(str(torchs)))
+    except (OSError, AttributeError):  # a torch that is built otherwise
         return False
-    return len({line.split()[-1] for line in lines if "libgomp" in line}) == 1
+
+
+def _threads_of(loaded: ctypes.CDLL) -> int | None:
+    """Return the address of a function of the OpenMP library that a library is linked with."""
+    return ctypes.cast(loaded.omp_get_max_threads, ctypes.c_void_p).value

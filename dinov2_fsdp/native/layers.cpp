@@ -1,7 +1,7 @@
 // What stands between the matrix products of a transformer block on a CPU, each in one pass over memory.
 //
 // Compiled once for each instruction set (setup.py); dinov2_fsdp/native/__init__.py loads one of them and says what
-// every function takes. The loops are plain, for the compiler to vectorise; only transposing is written with intrinsics.
+// every function takes. The loops are plain, for the compiler to vectorise; transposing and products are not.
 // Arithmetic is in single precision, whatever the tensors' type. Sums over rows go through blocks of a fixed number of
 // rows, so that results depend neither on the number of threads nor on their timing.
 
@@ -56,7 +56,7 @@ inline BFloat16 narrow<BFloat16>(float value) {
   return {static_cast<std::uint16_t>(number ? rounded : 0x7fc0u)};
 }
 
-// exp of what is not above 0, to 1.5 units in the last place; below -87 it is that of -87, which is no denormal.
+// exp of what is not above 0; 0 below -87, where it would come near what single precision holds in full.
 inline float exp_below_zero(float x) {
   const float clamped = x < -87.0f ? -87.0f : x;  // false for what is not a number, which so stays
   const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 · 2^23: leaves the nearest whole number
@@ -70,7 +70,7 @@ inline float exp_below_zero(float x) {
   p = p * rest + 1.0f;
   p = p * rest + 1.0f;
   const std::uint32_t exponent = (float_to_bits(shifted) - 0x4b400000u + 127u) << 23;
-  return p * bits_to_float(exponent);
+  return x < -87.0f ? 0.0f : p * bits_to_float(exponent);
 }
 
 struct Normal {
@@ -114,16 +114,14 @@ void add_blocks(const float* partial, Index blocks, Index stride, Index columns,
 }
 
 // `out` may be `in`.
-template <typename T>
-void gelu(const T* in, T* out, Index count) {
+void gelu(const float* in, float* out, Index count) {
   constexpr Index kPart = 8192;
 #pragma omp parallel for schedule(static)
   for (Index start = 0; start < count; start += kPart) {
     const Index end = std::min(count, start + kPart);
 #pragma omp simd
     for (Index i = start; i < end; ++i) {
-      const float x = widen(in[i]);
-      out[i] = narrow<T>(x * normal(x).cumulative);
+      out[i] = in[i] * normal(in[i]).cumulative;
     }
   }
 }
@@ -283,17 +281,16 @@ void softmax(const T* in, T* out, Index rows, Index columns) {
 }
 
 // gradient ← weights · (gradient − Σ weights · gradient)
-template <typename T>
-void softmax_backward(T* __restrict gradient, const T* __restrict weights, Index rows, Index columns) {
+void softmax_backward(float* __restrict gradient, const float* __restrict weights, Index rows, Index columns) {
 #pragma omp parallel for schedule(static)
   for (Index row = 0; row < rows; ++row) {
-    T* __restrict g = gradient + row * columns;
-    const T* __restrict w = weights + row * columns;
+    float* __restrict g = gradient + row * columns;
+    const float* __restrict w = weights + row * columns;
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-    for (Index i = 0; i < columns; ++i) sum += widen(g[i]) * widen(w[i]);
+    for (Index i = 0; i < columns; ++i) sum += g[i] * w[i];
 #pragma omp simd
-    for (Index i = 0; i < columns; ++i) g[i] = narrow<T>(widen(w[i]) * (widen(g[i]) - sum));
+    for (Index i = 0; i < columns; ++i) g[i] = w[i] * (g[i] - sum);
   }
 }
 
@@ -413,8 +410,8 @@ void join_heads(const T* by_head, Index sequences, Index length, Index heads, In
 #ifdef __AVX512F__
 
 // Attention in single precision, one sequence's head after the other: its scores stay in a core's cache, and queries,
-// keys and values are read where they lie. Libraries' products of such small matrices, 257 × 64 × 257, leave half of the
-// processor's speed unused (docs/performance.md).
+// keys and values are read where they lie. Libraries' products of such small matrices, 257 × 64 × 257, leave half of an AMD
+// EPYC's speed unused (docs/performance.md).
 
 // c (kRows × 16 · kVectors) = a · b; a[row][k] lies at row · a_row + k · a_k; `last` masks the last vector's columns.
 template <int kRows, int kVectors>
@@ -564,9 +561,12 @@ void attention_backward(const float* gradient, const float* qkv, const float* we
 #define IN(pointer) static_cast<const T*>(pointer)
 #define OUT(pointer) static_cast<T*>(pointer)
 
+// Of which code this was built.
+EXPORT const char* dinov2_source() { return DINOV2_SOURCE; }
+
 EXPORT Index dinov2_widest_row() { return kWidest; }
 
-EXPORT void dinov2_gelu(int half, const void* in, void* out, Index count) { CALL(gelu, IN(in), OUT(out), count) }
+EXPORT void dinov2_gelu(const float* in, float* out, Index count) { gelu(in, out, count); }
 
 EXPORT void dinov2_gelu_backward(int half, const void* hidden, void* gradient, void* activated, Index rows,
                                  Index columns, float* totals) {
@@ -592,8 +592,8 @@ EXPORT void dinov2_softmax(int half, const void* in, void* out, Index rows, Inde
   CALL(softmax, IN(in), OUT(out), rows, columns)
 }
 
-EXPORT void dinov2_softmax_backward(int half, void* gradient, const void* weights, Index rows, Index columns) {
-  CALL(softmax_backward, OUT(gradient), IN(weights), rows, columns)
+EXPORT void dinov2_softmax_backward(float* gradient, const float* weights, Index rows, Index columns) {
+  softmax_backward(gradient, weights, rows, columns);
 }
 
 EXPORT void dinov2_split_heads(int half, const void* packed, Index sequences, Index length, Index parts, Index heads,
