@@ -137,9 +137,15 @@ def main() -> int:
         print(json.dumps(run_peer(json.loads(arguments.call))))
         return 0
     sys.path.insert(0, str(ROOT))
-    from dinov2_fsdp.config import load  # not where this file runs inside the peer's environment
+    # Not where this file runs inside the peer's environment.
+    from dinov2_fsdp.config import load
+    from dinov2_fsdp.errors import UserError, show
 
-    print(json.dumps(peer(load(arguments.config, arguments.overrides), arguments.steps, arguments.python)))
+    try:
+        config = load(arguments.config, arguments.overrides)
+    except UserError as error:
+        return show(error)
+    print(json.dumps(peer(config, arguments.steps, arguments.python)))
     return 0
 
 

@@ -27,10 +27,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.attention import parse
 from dinov2_fsdp.config import Config, load
 from dinov2_fsdp.data.batch import Microbatch
 from dinov2_fsdp.data.loader import build_loader
 from dinov2_fsdp.data.sources import open_source
+from dinov2_fsdp.errors import run_cli
 from dinov2_fsdp.models.fused import attention, attention_backward
 from dinov2_fsdp.models.initialise import initialise
 from dinov2_fsdp.models.products import LEAST_PARTS, bmm, by_onednn, linear, packed
@@ -293,10 +295,10 @@ def main() -> int:
     parser.add_argument("--config", required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
     print(json.dumps(measure(load(arguments.config, arguments.overrides), arguments.rounds)))
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_cli(main)

@@ -28,8 +28,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.attention import parse
 from benchmarks.peer_step import peer
 from dinov2_fsdp.config import load
+from dinov2_fsdp.errors import run_cli
 from dinov2_fsdp.monitor.clock import PHASES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,7 +132,7 @@ def measure(
     student = [products(config, [*wanted, f"model.drop_path={drop}"])["student_flops"] for drop in (0.0, DROPPED)]
     # Runs of their own: a save that goes on beside the next steps takes their time. The last one ends with its run.
     every = max(1, settled)
-    stalls = trained(config, 3 * every + 1, [*wanted, f"checkpoint.every={every}it"])["stall"][1:]
+    stalls = trained(config, 5 * every + 1, [*wanted, f"checkpoint.every={every}it"])["stall"][1:]
     compiled = {
         drop: [trained(config, steps, [*wanted, "parallel.compile=true", f"model.drop_path={drop}", no_save])]
         for drop in runs
@@ -249,30 +251,33 @@ def main() -> int:
     parser.add_argument("--images", help="of the data path (default: the config's): tar:PATH, folder:PATH, …")
     parser.add_argument("--output", default="runs/bench.json", help="where all figures go")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
+    # First, so that what is wrong with the config or the images shows at once.
+    for precision in arguments.precision:
+        load(arguments.config, [f"train.precision={precision}", *arguments.overrides])
     lightly = None if arguments.lightly == "none" else arguments.lightly
     if lightly == "auto":
         lightly = sys.executable if importlib.util.find_spec("lightly_train") else None
-    # First, so that what is wrong with the images shows at once.
     of_data, data_table = data_path(arguments.config, arguments.images, arguments.overrides, lightly == sys.executable)
-    results = [
-        measure(arguments.config, precision, arguments.rounds, arguments.steps, arguments.overrides, lightly)
-        for precision in arguments.precision
-    ]
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(
-        json.dumps({"date": date.today().isoformat(), "results": results, "data_path": of_data}, indent=2) + "\n"
-    )
-    machine = results[0]["environment"]
-    print(
-        f"{date.today()}, {', '.join(machine['devices'] or [machine['cpu']])}, {results[0]['threads']} thread(s), "
-        f"torch {machine['torch']}, batch {results[0]['images']}; all figures: {output}\n"
-    )
-    print(table(results))
+    results: list[dict[str, Any]] = []
+    for precision in arguments.precision:
+        done = measure(arguments.config, precision, arguments.rounds, arguments.steps, arguments.overrides, lightly)
+        results.append(done)
+        # After each, as what comes next takes long and may fail.
+        figures = {"date": date.today().isoformat(), "results": results, "data_path": of_data}
+        output.write_text(json.dumps(figures, indent=2) + "\n")
+        machine = done["environment"]
+        print(
+            f"{date.today()}, {', '.join(machine['devices'] or [machine['cpu']])}, {done['threads']} thread(s), "
+            f"torch {machine['torch']}, compiled code: {machine['compiled']}, batch {done['images']}; "
+            f"all figures: {output}\n"
+        )
+        print(table(results), flush=True)
     print(f"\n{data_table}")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_cli(main)

@@ -134,7 +134,7 @@ def test_gelu_keeps_its_relative_precision_where_it_is_next_to_nothing() -> None
     x = torch.linspace(-12, 12, 9999)
     exact = torch.tensor([value * 0.5 * math.erfc(-value / math.sqrt(2)) for value in x.double().tolist()])
     relative = ((fused.gelu(x).double() - exact) / exact.abs().clamp(min=1e-30)).abs()
-    assert relative[x.abs() < 5].max() < 2e-6  # torch's own: .1 at -5
+    assert relative[x.abs() < 5].max() < 2e-6  # torch's own: .2 at -5
     assert relative.max() < 1e-4
     assert not fused.gelu(torch.full((5000,), float("nan"))).isfinite().any()
     assert not fused.gelu_backward(torch.full((50, 100), float("nan")), torch.ones(50, 100))[0].isfinite().any()
