@@ -28,6 +28,7 @@ def compiled():
             f"dinov2_fsdp.native.{name}",
             ["dinov2_fsdp/native/layers.cpp"],
             define_macros=[("DINOV2_SOURCE", f'"{fingerprint}"')],
+            depends=["setup.py"],
             extra_compile_args=[*_OPTIONS, *flags],
             extra_link_args=["-fopenmp"],
             language="c++",

@@ -319,7 +319,8 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -
     words = sys.argv[1:] if words is None else words
     overrides = [word for word in words if OVERRIDE.fullmatch(word)]
     arguments = parser.parse_args([word for word in words if word not in overrides])
-    arguments.overrides = overrides
+    # What is left over is no key=value: the config's loader says so.
+    arguments.overrides = [*overrides, *(getattr(arguments, "overrides", None) or ())]
     return arguments
 
 

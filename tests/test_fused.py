@@ -72,7 +72,7 @@ def test_what_was_built_from_other_code_is_left_alone(
     monkeypatch.setattr(native, "source", lambda: b"something else")
     with caplog.at_level("WARNING"):
         assert native._load.__wrapped__() is None
-    assert "install this project again" in caplog.text
+    assert "install this project again or delete" in caplog.text
 
 
 def test_what_the_environment_switches_off_is_not_loaded() -> None:
@@ -200,6 +200,13 @@ def test_softmax_and_its_gradient_are_those_of_double_precision(
     assert found is scores or dtype != torch.float32
     assert found[0, 0].isnan().all()
     assert found[0, 1:].isfinite().all()
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_softmax_leaves_out_is_exactly_nothing(dtype: torch.dtype) -> None:
+    scores = torch.tensor([0.0, -200.0, -math.inf, -110.0]).repeat(2000, 1).to(dtype)
+    assert torch.equal(fused.softmax(scores), torch.tensor([1.0, 0.0, 0.0, 0.0]).repeat(2000, 1).to(dtype))
 
 
 @pytest.mark.usefixtures("way")

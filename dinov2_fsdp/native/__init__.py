@@ -94,7 +94,10 @@ def library() -> Library | None:
 
 
 def parallel_library() -> Library | None:
-    """Return :func:`library` if its threads are torch's own: two sets of them would fight for the processor's cores."""
+    """Return :func:`library` if its threads are torch's own: two sets of them would fight for the processor's cores.
+
+    They are not where torch or this was built with another OpenMP library than GCC's.
+    """
     return library() if _shares_threads() else None
 
 
@@ -126,7 +129,7 @@ def _load() -> Library | None:
     try:
         return Library(path)
     except (OSError, AttributeError) as error:  # of another system, or of other code than lies here
-        _log.warning("compiled code is left alone, install this project again: %s", error)
+        _log.warning("compiled code is left alone, install this project again or delete %s: %s", path, error)
         return None
 
 
@@ -136,7 +139,7 @@ def _shares_threads() -> bool:
     found = _load()
     torchs = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        return found is not None and found.threads() == _threads_of(ctypes.CDLL(str(torchs)))
+        return found is not None and found.threads() == _threads_of(ctypes.CDLL(str(torchs), os.RTLD_NOLOAD))
     except (OSError, AttributeError):  # a torch that is built otherwise
         return False
 
