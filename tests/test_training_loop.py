@@ -19,6 +19,7 @@ from tiny import tiny_network
 from torch import Tensor
 from training import saved_tensors, tiny_run, train_on_ranks
 
+from dinov2_fsdp import native
 from dinov2_fsdp.config import Config
 from dinov2_fsdp.data.loader import Microbatches
 from dinov2_fsdp.data.sources import open_source
@@ -147,7 +148,9 @@ def logged(run_dir: Path, key: str) -> dict[int, float]:
 @pytest.mark.slow
 def test_a_run_is_the_plain_loop(tmp_path: Path) -> None:
     config = tiny_run(tmp_path / "run", **SETTINGS)
-    train(config, console=False)
+    # AdamW's first steps turn the last bits of small gradients into whole steps: torch's roundings on both sides.
+    with native.switched_off():
+        train(config, console=False)
     plain = PlainRun(config, tmp_path)
     start = {name: p.detach().clone() for name, p in plain.student.named_parameters()}
     for t in range(STEPS):
