@@ -167,6 +167,12 @@ def test_a_run_is_the_plain_loop(tmp_path: Path) -> None:
             assert (moved - expected).norm() < 2e-3 * expected.norm(), f"{role}.{name}"
     for name, centre in plain.centres.items():
         torch.testing.assert_close(saved[f"centering.{name}.centre"], centre, rtol=1e-4, atol=1e-6)
+    # By compiled code, where there is some: the same until such steps have been taken, and near it afterwards.
+    train(tiny_run(tmp_path / "compiled", **SETTINGS), console=False)
+    for term in ("dino", "ibot", "koleo"):
+        found, expected = logged(tmp_path / "compiled", f"loss/{term}"), [loss[term] for loss in plain.losses]
+        assert [found[1], found[2]] == pytest.approx(expected[:2], rel=2e-5)
+        assert [found[t + 1] for t in range(STEPS)] == pytest.approx(expected, rel=1e-3)
 
 
 def evaluated(config: Config) -> list[int]:
