@@ -172,7 +172,7 @@ def test_a_run_is_the_plain_loop(tmp_path: Path) -> None:
     for term in ("dino", "ibot", "koleo"):
         found, expected = logged(tmp_path / "compiled", f"loss/{term}"), [loss[term] for loss in plain.losses]
         assert [found[1], found[2]] == pytest.approx(expected[:2], rel=2e-5)
-        assert [found[t + 1] for t in range(STEPS)] == pytest.approx(expected, rel=1e-3)
+        assert [found[t + 1] for t in range(STEPS)] == pytest.approx(expected, rel=5e-3)
 
 
 def evaluated(config: Config) -> list[int]:
