@@ -52,7 +52,7 @@ def sum_rows(rows: Tensor) -> Tensor:
     if library is None:
         return rows.sum(0)
     total = torch.empty(rows.shape[1])
-    library.sum_rows(_half(rows), rows.data_ptr(), *rows.shape, rows.shape[1], total.data_ptr())
+    library.sum_rows(_half(rows), rows.data_ptr(), *rows.shape, total.data_ptr())
     return total
 
 

@@ -30,7 +30,7 @@ _ARGUMENTS = {
     # Whether tensors are bfloat16 rather than float32 where both are taken, addresses and numbers: see layers.cpp.
     "gelu": (_POINTER, _POINTER, _INDEX),
     "gelu_backward": (_INT, _POINTER, _POINTER, _POINTER, _INDEX, _INDEX, _POINTER),
-    "sum_rows": (_INT, _POINTER, _INDEX, _INDEX, _INDEX, _POINTER),
+    "sum_rows": (_INT, _POINTER, _INDEX, _INDEX, _POINTER),
     "norm": (_INT, _POINTER, _POINTER, _POINTER, _FLOAT, _INDEX, _INDEX, _POINTER, _POINTER, _POINTER),
     "norm_backward": (_INT, *[_POINTER] * 6, _INDEX, _INDEX, _POINTER, _POINTER),
     "softmax": (_INT, _POINTER, _POINTER, _INDEX, _INDEX),

@@ -97,19 +97,31 @@ inline Normal normal(float x) {
   return {density, x > 0.0f ? 1.0f - tail : tail};
 }
 
-Index blocks_of(Index rows) { return (rows + kBlock - 1) / kBlock; }
-
-// totals[column] = Σ over blocks, in order and in double precision.
-void add_blocks(const float* partial, Index blocks, Index stride, Index columns, float* totals) {
+// totals[column] = Σ over rows of what `add(row, sums)` adds to the sums of a block, in single precision; the blocks meet
+// in order and in double precision.
+template <typename Add>
+inline void sum_over_rows(Index rows, Index columns, float* totals, const Add& add) {
+  const Index blocks = (rows + kBlock - 1) / kBlock;
+  const std::unique_ptr<float[]> partial(new float[blocks * columns]);
+#pragma omp parallel
+  {
 #pragma omp for schedule(static)
-  for (Index start = 0; start < columns; start += 64) {
-    double sums[64] = {};
-    const Index count = std::min<Index>(64, columns - start);
     for (Index block = 0; block < blocks; ++block) {
-      const float* row = partial + block * stride + start;
-      for (Index i = 0; i < count; ++i) sums[i] += row[i];
+      float* sums = partial.get() + block * columns;
+      std::fill(sums, sums + columns, 0.0f);
+      const Index last = std::min(rows, (block + 1) * kBlock);
+      for (Index row = block * kBlock; row < last; ++row) add(row, sums);
     }
-    for (Index i = 0; i < count; ++i) totals[start + i] = static_cast<float>(sums[i]);
+#pragma omp for schedule(static)
+    for (Index start = 0; start < columns; start += 64) {
+      double sums[64] = {};
+      const Index count = std::min<Index>(64, columns - start);
+      for (Index block = 0; block < blocks; ++block) {
+        const float* part = partial.get() + block * columns + start;
+        for (Index i = 0; i < count; ++i) sums[i] += part[i];
+      }
+      for (Index i = 0; i < count; ++i) totals[start + i] = static_cast<float>(sums[i]);
+    }
   }
 }
 
@@ -127,53 +139,28 @@ void gelu(const float* in, float* out, Index count) {
 }
 
 template <typename T>
-void gelu_backward(const T* __restrict hidden, T* __restrict gradient, T* __restrict activated, Index rows,
-                   Index columns, float* __restrict totals) {
-  const Index blocks = blocks_of(rows);
-  const std::unique_ptr<float[]> partial(new float[blocks * columns]);
-#pragma omp parallel
-  {
-#pragma omp for schedule(static)
-    for (Index block = 0; block < blocks; ++block) {
-      float* __restrict sums = partial.get() + block * columns;
-      std::fill(sums, sums + columns, 0.0f);
-      const Index last = std::min(rows, (block + 1) * kBlock);
-      for (Index row = block * kBlock; row < last; ++row) {
-        const T* __restrict x_row = hidden + row * columns;
-        T* __restrict g_row = gradient + row * columns;
-        T* __restrict a_row = activated + row * columns;
-        for (Index i = 0; i < columns; ++i) {
-          const float x = widen(x_row[i]);
-          const Normal at = normal(x);
-          const float g = widen(g_row[i]) * (at.cumulative + x * at.density);
-          a_row[i] = narrow<T>(x * at.cumulative);
-          g_row[i] = narrow<T>(g);
-          sums[i] += g;
-        }
-      }
+void gelu_backward(const T* hidden, T* gradient, T* activated, Index rows, Index columns, float* totals) {
+  sum_over_rows(rows, columns, totals, [=](Index row, float* __restrict sums) {
+    const T* __restrict x_row = hidden + row * columns;
+    T* __restrict g_row = gradient + row * columns;
+    T* __restrict a_row = activated + row * columns;
+    for (Index i = 0; i < columns; ++i) {
+      const float x = widen(x_row[i]);
+      const Normal at = normal(x);
+      const float g = widen(g_row[i]) * (at.cumulative + x * at.density);
+      a_row[i] = narrow<T>(x * at.cumulative);
+      g_row[i] = narrow<T>(g);
+      sums[i] += g;
     }
-    add_blocks(partial.get(), blocks, columns, columns, totals);
-  }
+  });
 }
 
 template <typename T>
-void sum_rows(const T* __restrict in, Index rows, Index columns, Index stride, float* __restrict totals) {
-  const Index blocks = blocks_of(rows);
-  const std::unique_ptr<float[]> partial(new float[blocks * columns]);
-#pragma omp parallel
-  {
-#pragma omp for schedule(static)
-    for (Index block = 0; block < blocks; ++block) {
-      float* __restrict sums = partial.get() + block * columns;
-      std::fill(sums, sums + columns, 0.0f);
-      const Index last = std::min(rows, (block + 1) * kBlock);
-      for (Index row = block * kBlock; row < last; ++row) {
-        const T* __restrict values = in + row * stride;
-        for (Index i = 0; i < columns; ++i) sums[i] += widen(values[i]);
-      }
-    }
-    add_blocks(partial.get(), blocks, columns, columns, totals);
-  }
+void sum_rows(const T* in, Index rows, Index columns, float* totals) {
+  sum_over_rows(rows, columns, totals, [=](Index row, float* __restrict sums) {
+    const T* __restrict values = in + row * columns;
+    for (Index i = 0; i < columns; ++i) sums[i] += widen(values[i]);
+  });
 }
 
 template <typename T>
@@ -203,54 +190,40 @@ void norm(const T* __restrict in, const T* __restrict weight, const T* __restric
 
 // out = the gradient in the rows, + onto if that is given; totals: the sums for the weight, then those for the bias.
 template <typename T>
-void norm_backward(const T* __restrict gradient, const T* __restrict in, const float* __restrict means,
-                   const float* __restrict scales, const T* __restrict weight, const T* onto, Index rows,
-                   Index columns, T* out, float* __restrict totals) {
-  const Index blocks = blocks_of(rows), stride = 2 * columns;
-  const std::unique_ptr<float[]> partial(new float[blocks * stride]);
-#pragma omp parallel
-  {
-#pragma omp for schedule(static)
-    for (Index block = 0; block < blocks; ++block) {
-      float* __restrict of_weight = partial.get() + block * stride;
-      float* __restrict of_bias = of_weight + columns;
-      std::fill(of_weight, of_weight + stride, 0.0f);
-      const Index last = std::min(rows, (block + 1) * kBlock);
-      for (Index row = block * kBlock; row < last; ++row) {
-        const T* __restrict g_row = gradient + row * columns;
-        const T* __restrict x_row = in + row * columns;
-        const float mean = means[row], scale = scales[row];
-        float sum = 0.0f, product = 0.0f;
+void norm_backward(const T* gradient, const T* in, const float* means, const float* scales, const T* weight,
+                   const T* onto, Index rows, Index columns, T* out, float* totals) {
+  sum_over_rows(rows, 2 * columns, totals, [=](Index row, float* __restrict of_weight) {
+    float* __restrict of_bias = of_weight + columns;
+    const T* __restrict g_row = gradient + row * columns;
+    const T* __restrict x_row = in + row * columns;
+    const T* __restrict factors = weight;
+    const Index count = columns;
+    const float mean = means[row], scale = scales[row];
+    float sum = 0.0f, product = 0.0f;
 #pragma omp simd reduction(+ : sum, product)
-        for (Index i = 0; i < columns; ++i) {
-          const float g = widen(g_row[i]), normed = (widen(x_row[i]) - mean) * scale, weighted = g * widen(weight[i]);
-          sum += weighted;
-          product += weighted * normed;
-          of_weight[i] += g * normed;
-          of_bias[i] += g;
-        }
-        sum /= static_cast<float>(columns);
-        product /= static_cast<float>(columns);
-        const T* added = onto ? onto + row * columns : nullptr;
-        T* target = out + row * columns;
-        if (added) {
-#pragma omp simd
-          for (Index i = 0; i < columns; ++i) {
-            const float normed = (widen(x_row[i]) - mean) * scale;
-            const float found = scale * (widen(g_row[i]) * widen(weight[i]) - sum - normed * product);
-            target[i] = narrow<T>(found + widen(added[i]));
-          }
-        } else {
-#pragma omp simd
-          for (Index i = 0; i < columns; ++i) {
-            const float normed = (widen(x_row[i]) - mean) * scale;
-            target[i] = narrow<T>(scale * (widen(g_row[i]) * widen(weight[i]) - sum - normed * product));
-          }
-        }
-      }
+    for (Index i = 0; i < count; ++i) {
+      const float g = widen(g_row[i]), normed = (widen(x_row[i]) - mean) * scale, weighted = g * widen(factors[i]);
+      sum += weighted;
+      product += weighted * normed;
+      of_weight[i] += g * normed;
+      of_bias[i] += g;
     }
-    add_blocks(partial.get(), blocks, stride, stride, totals);
-  }
+    sum /= static_cast<float>(columns);
+    product /= static_cast<float>(columns);
+    T* target = out + row * columns;
+    const auto of_value = [=](Index i) {
+      const float normed = (widen(x_row[i]) - mean) * scale;
+      return scale * (widen(g_row[i]) * widen(factors[i]) - sum - normed * product);
+    };
+    if (onto) {
+      const T* added = onto + row * columns;
+#pragma omp simd
+      for (Index i = 0; i < count; ++i) target[i] = narrow<T>(of_value(i) + widen(added[i]));
+    } else {
+#pragma omp simd
+      for (Index i = 0; i < count; ++i) target[i] = narrow<T>(of_value(i));
+    }
+  });
 }
 
 // `out` may be `in`.
@@ -573,8 +546,8 @@ EXPORT void dinov2_gelu_backward(int half, const void* hidden, void* gradient, v
   CALL(gelu_backward, IN(hidden), OUT(gradient), OUT(activated), rows, columns, totals)
 }
 
-EXPORT void dinov2_sum_rows(int half, const void* in, Index rows, Index columns, Index stride, float* totals) {
-  CALL(sum_rows, IN(in), rows, columns, stride, totals)
+EXPORT void dinov2_sum_rows(int half, const void* in, Index rows, Index columns, float* totals) {
+  CALL(sum_rows, IN(in), rows, columns, totals)
 }
 
 EXPORT void dinov2_norm(int half, const void* in, const void* weight, const void* bias, float epsilon, Index rows,
