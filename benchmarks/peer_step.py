@@ -87,6 +87,10 @@ def run_peer(arguments: dict[str, Any]) -> dict[str, Any]:
     seconds, started, before, after = [], [0.0], DINOv2.on_train_batch_start, DINOv2.on_train_batch_end
 
     def start(self: Any, *args: Any, **kwargs: Any) -> Any:
+        plugin = self.trainer.precision_plugin
+        if self.device.type == "cpu" and hasattr(plugin, "device"):
+            # The peer sets its mixed precision up for CUDA alone; without, it trains in fp32, with a warning.
+            plugin.device = "cpu"
         started[0] = time.perf_counter()
         return before(self, *args, **kwargs)
 

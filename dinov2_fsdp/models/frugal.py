@@ -5,7 +5,8 @@ output of each; here they are computed again in the backward pass, from inputs t
 of a plain ViT keep, that saves more than a third (docs/performance.md).
 
 On a CPU a feed-forward branch goes through its rows in parts, forward and backward, so that what lies between its ends
-stays in the cache: the wide tensors never stand in memory as a whole, but for the kept one.
+stays in the cache: the wide tensors never stand in memory as a whole, but for the kept one. Where bf16 is multiplied in
+fp32 (:func:`dinov2_fsdp.models.products.widens`), a part is all in fp32, and bf16 what it takes, gives and keeps.
 
 The plain modules are the reference, and what runs under autocast and in fp16, whose range LayerScale times weights
 could leave here.
@@ -31,7 +32,7 @@ from dinov2_fsdp.models.fused import (
     sum_rows,
     transposed,
 )
-from dinov2_fsdp.models.products import by_onednn, linear, packed, product_of_rows
+from dinov2_fsdp.models.products import by_onednn, linear, packed, product_of_rows, widened
 
 ACTIVATIONS = ("gelu", "swiglu")
 
@@ -234,48 +235,59 @@ class _FeedForward(torch.autograd.Function):
     ) -> Tensor:
         ctx.activation, ctx.eps, ctx.onto, ctx.slices = activation, eps, onto, _slices(tokens)
         count = len(ctx.slices)
-        first = packed(weight1, count)
-        weight, bias = in_weights(weight2, bias2, gamma)
-        second = packed(weight, count)
+        norm, first, bias = (
+            (widened(norm_weight), widened(norm_bias), eps),
+            packed(widened(weight1), count),
+            widened(bias1),
+        )
+        scaled, scaled_bias = in_weights(widened(weight2), widened(bias2), gamma)
+        second = packed(scaled, count)
         whole, kept = whole_for(count, tokens), []
         for some in ctx.slices:
-            normed, mean, scale = layer_norm(tokens[some], norm_weight, norm_bias, eps)
-            hidden = linear(normed, first, bias1)
+            rows = widened(tokens[some])
+            normed, mean, scale = layer_norm(rows, *norm)
+            hidden = linear(normed, first, bias)
             del normed
-            activated = gelu(hidden, overwrite=not keep) if activation == "gelu" else activate(hidden, activation)
-            found = linear(activated, second, bias)
+            hidden_kept = hidden.to(tokens.dtype) if keep else None
+            overwrite = hidden_kept is not hidden
+            activated = gelu(hidden, overwrite) if activation == "gelu" else activate(hidden, activation)
+            found = linear(activated, second, scaled_bias)
             del activated
-            out = added(found, tokens[some] if onto else None, rows_of(whole, some))
-            kept += [hidden, mean, scale] if keep else []
+            out = added(found, rows if onto else None, rows_of(whole, some))
+            kept += [hidden_kept, mean, scale] if keep else []
         ctx.save_for_backward(tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept)
-        return out if whole is None else whole
+        return out.to(tokens.dtype) if whole is None else whole
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept = ctx.saved_tensors
-        scaled = weight2 if gamma is None else weight2 * gamma[:, None]
-        norm, count = (norm_weight, norm_bias, ctx.eps), len(ctx.slices)
+        scaled, first = widened(weight2), widened(weight1)
+        scaled = scaled if gamma is None else scaled * gamma[:, None]
+        norm, count = (widened(norm_weight), widened(norm_bias), ctx.eps), len(ctx.slices)
         whole, sums = whole_for(count, tokens), Sums(count)
         for i, some in enumerate(ctx.slices):
             hidden, *statistics = kept[3 * i : 3 * i + 3]
+            hidden, of_out = widened(hidden), widened(grad[some])
             if ctx.activation == "gelu" and compiled(hidden):
-                of_activated = linear(grad[some], scaled.t())
+                of_activated = linear(of_out, scaled.t())
                 of_hidden, total, activated = gelu_backward(of_activated, hidden)
-                sums.add_product("scaled", grad[some], activated)
+                sums.add_product("scaled", of_out, activated)
             else:
                 activated = activate(hidden, ctx.activation)
-                sums.add_product("scaled", grad[some], activated)
+                sums.add_product("scaled", of_out, activated)
                 del activated
-                of_activated = linear(grad[some], scaled.t())
+                of_activated = linear(of_out, scaled.t())
                 of_hidden, total = _activate_backward(of_activated, hidden, ctx.activation), None
-            activated = of_activated = None  # type: ignore[assignment]
-            sums.add("bias2", sum_rows(grad[some]))
-            ends = (grad[some] if ctx.onto else None, rows_of(whole, some))
-            out = norm_linear_backward(of_hidden, tokens[some], statistics, norm, weight1, sums, total, *ends)
+            activated = of_activated = hidden = None  # type: ignore[assignment]
+            sums.add("bias2", sum_rows(of_out))
+            ends = (of_out if ctx.onto else None, rows_of(whole, some))
+            rows = widened(tokens[some])
+            out = norm_linear_backward(of_hidden, rows, statistics, norm, first, sums, total, *ends)
         of_second = of_layer_scale(sums["scaled"], sums["bias2"], weight2, bias2, gamma)
         of_first = (sums[name].to(weight1.dtype) for name in OF_NORM_LINEAR)
-        return out if whole is None else whole, *of_first, *of_second, None, None, None, None
+        out = out.to(tokens.dtype) if whole is None else whole
+        return out, *of_first, *of_second, None, None, None, None
 
 
 class Sums:
@@ -299,6 +311,7 @@ class Sums:
 
     def add_product(self, name: str, left: Tensor, right: Tensor) -> None:
         """Add ``leftᵀ · right``."""
+        left, right = widened(left), widened(right)
         onednn = by_onednn(left, right)
         # A CPU's libraries are faster with one side of the result first: oneDNN with the shorter, MKL with the longer.
         first, second = left.shape[1], right.shape[1]

@@ -28,7 +28,7 @@ from dinov2_fsdp.models.fused import (
 )
 from dinov2_fsdp.models.layout import Layout
 from dinov2_fsdp.models.plain_attention import attend_parts, attend_parts_backward
-from dinov2_fsdp.models.products import linear, packed
+from dinov2_fsdp.models.products import linear, packed, widened
 
 _KEPT_EACH = 5
 """Tensors that are kept of a few sequences."""
@@ -91,13 +91,18 @@ class _AttentionBranch(torch.autograd.Function):
     ) -> Tensor:
         ctx.heads, ctx.eps, ctx.onto, ctx.few, ctx.compiled = heads, eps, onto, list(_few_sequences(layout)), []
         count, dim = len(ctx.few), tokens.shape[-1]
-        first = packed(weight1, count)
-        weight, bias = in_weights(weight2, bias2, gamma)
-        second = packed(weight, count)
+        norm, first, bias = (
+            (widened(norm_weight), widened(norm_bias), eps),
+            packed(widened(weight1), count),
+            widened(bias1),
+        )
+        scaled, scaled_bias = in_weights(widened(weight2), widened(bias2), gamma)
+        second = packed(scaled, count)
         whole, kept = frugal.whole_for(count, tokens), []
         for rows, sequences in ctx.few:
-            normed, mean, scale = layer_norm(tokens[rows], norm_weight, norm_bias, eps)
-            qkv = linear(normed, first, bias1).unflatten(-1, (3, heads, -1))
+            some = widened(tokens[rows])
+            normed, mean, scale = layer_norm(some, *norm)
+            qkv = linear(normed, first, bias).unflatten(-1, (3, heads, -1))
             del normed
             ctx.compiled.append(attention_compiled(qkv))
             if ctx.compiled[-1]:
@@ -107,33 +112,37 @@ class _AttentionBranch(torch.autograd.Function):
                 found, weights = attend_parts(qkv)
                 attended = found.new_empty(len(mean), dim)
                 join_heads(found, sequences, attended.unflatten(-1, (heads, -1)))
-            found = linear(attended, second, bias)
-            out = added(found, tokens[rows] if onto else None, frugal.rows_of(whole, rows))
-            kept += [qkv, weights, attended, mean, scale] if keep else []
+            found = linear(attended, second, scaled_bias)
+            out = added(found, some if onto else None, frugal.rows_of(whole, rows))
+            kept += [*(part.to(tokens.dtype) for part in (qkv, weights, attended)), mean, scale] if keep else []
         ctx.save_for_backward(tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept)
-        return out if whole is None else whole
+        return out.to(tokens.dtype) if whole is None else whole
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept = ctx.saved_tensors
-        dim, heads, count, norm = tokens.shape[-1], ctx.heads, len(ctx.few), (norm_weight, norm_bias, ctx.eps)
-        scaled = in_weights(weight2, bias2, gamma)[0]
+        dim, heads, count = tokens.shape[-1], ctx.heads, len(ctx.few)
+        norm, first = (widened(norm_weight), widened(norm_bias), ctx.eps), widened(weight1)
+        scaled = in_weights(widened(weight2), bias2, gamma)[0]
         whole, sums = frugal.whole_for(count, tokens), Sums(count)
         for i, (rows, sequences) in enumerate(ctx.few):
             qkv, weights, attended, *statistics = kept[_KEPT_EACH * i : _KEPT_EACH * (i + 1)]
-            sums.add_product("scaled", grad[rows], attended)
-            sums.add("bias2", sum_rows(grad[rows]))
-            of_attended = linear(grad[rows], scaled.t())
+            qkv, weights, of_out = widened(qkv), widened(weights), widened(grad[rows])
+            sums.add_product("scaled", of_out, attended)
+            sums.add("bias2", sum_rows(of_out))
+            of_attended = linear(of_out, scaled.t())
             if ctx.compiled[i]:
                 of_qkv = attention_backward(of_attended, qkv, weights, sequences)
             else:
-                of_out = split_heads(of_attended.unflatten(-1, (1, heads, -1)), sequences)[0]
+                of_heads = split_heads(of_attended.unflatten(-1, (1, heads, -1)), sequences)[0]
                 of_qkv = of_attended.new_empty(len(attended), 3, heads, dim // heads)
-                attend_parts_backward(of_out, qkv, weights, of_qkv, sequences)
-            ends = (grad[rows] if ctx.onto else None, frugal.rows_of(whole, rows))
+                attend_parts_backward(of_heads, qkv, weights, of_qkv, sequences)
+            ends = (of_out if ctx.onto else None, frugal.rows_of(whole, rows))
             of_qkv = of_qkv.flatten(1)
-            out = norm_linear_backward(of_qkv, tokens[rows], statistics, norm, weight1, sums, None, *ends)
+            some = widened(tokens[rows])
+            out = norm_linear_backward(of_qkv, some, statistics, norm, first, sums, None, *ends)
         of_first = (sums[name].to(weight1.dtype) for name in OF_NORM_LINEAR)
         of_second = of_layer_scale(sums["scaled"], sums["bias2"], weight2, bias2, gamma)
-        return out if whole is None else whole, *of_first, *of_second, None, None, None, None, None
+        out = out.to(tokens.dtype) if whole is None else whole
+        return out, *of_first, *of_second, None, None, None, None, None

@@ -84,6 +84,9 @@ def layer_norm_backward(
     Args:
         onto: added to the first, which is written to ``target`` if that is given.
     """
+    if target is not None and target.dtype != rows.dtype:
+        of_rows, of_weight, of_bias = layer_norm_backward(grad, rows, mean, scale, weight, bias, onto)
+        return target.copy_(of_rows), of_weight, of_bias
     given = [tensor for tensor in (onto, target) if tensor is not None]
     statistics = mean.dtype == scale.dtype == torch.float32 and mean.is_contiguous() and scale.is_contiguous()
     library = _library(grad, rows, weight, *given, dim=2) if statistics else None

@@ -1,7 +1,9 @@
-"""Matrix products by the faster of the two libraries that torch brings for a CPU.
+"""Matrix products by the faster of the two libraries that torch brings for a CPU, and in the faster type.
 
 In fp32 torch multiplies with MKL, which leaves the wide registers of other makers' processors unused; oneDNN uses them.
 Where MKL uses them too it is faster (docs/performance.md; measured on an AMD EPYC and an Intel Xeon with AVX-512).
+
+Where a processor is slower in bf16 than in fp32, bf16 is what lies in memory, and fp32 what is multiplied.
 """
 
 from __future__ import annotations
@@ -35,10 +37,12 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if weight.is_mkldnn:
         return _by_onednn(rows, weight, bias)
-    onednn, fill = by_onednn(rows, weight), _to_fill(rows, weight)
-    if torch.is_grad_enabled() and (onednn or fill):
+    onednn, fill, wide = by_onednn(rows, weight), _to_fill(rows, weight), widens(rows, weight)
+    if torch.is_grad_enabled() and (onednn or fill or wide):
         out: Tensor = _Linear.apply(rows, weight, bias)
         return out
+    if wide:
+        return linear(rows.float(), weight.float(), None if bias is None else bias.float()).to(rows.dtype)
     if onednn:
         return _by_onednn(rows, weight, bias)
     if not fill:
@@ -69,7 +73,7 @@ class _Linear(torch.autograd.Function):
         of_rows, of_weight, of_bias = ctx.needs_input_grad
         return (
             linear(grad, weight.t()) if of_rows else None,
-            product_of_rows(grad, rows) if of_weight else None,
+            product_of_rows(grad, rows).to(weight.dtype) if of_weight else None,
             grad.sum(0) if of_bias else None,
         )
 
@@ -77,8 +81,10 @@ class _Linear(torch.autograd.Function):
 def product_of_rows(left: Tensor, right: Tensor) -> Tensor:
     """Return ``leftᵀ · right``, ``(m, n)``, for ``(rows, m)`` and ``(rows, n)``; has no derivative.
 
-    oneDNN is faster with the shorter side first, and with that side laid out anew.
+    In fp32 if that is what is multiplied, see :func:`widens`. oneDNN is faster with the shorter side first, and with
+    that side laid out anew.
     """
+    left, right = widened(left), widened(right)
     if by_onednn(left, right):
         return _by_onednn(transposed(left), right.t())
     if _to_fill(left, right):
@@ -91,6 +97,8 @@ def bmm(left: Tensor, right: Tensor) -> Tensor:
 
     oneDNN's only way to batches of fp32 matrices in torch is a convolution by one pixel, a group for each matrix.
     """
+    if widens(left, right):
+        return bmm(left.float(), right.float()).to(left.dtype)
     batch, rows, inner = left.shape
     if not by_onednn(left[0], right[0]):
         return torch.bmm(left, right)
@@ -112,6 +120,23 @@ def packed(weight: Tensor, parts: int) -> Tensor:
         return weight
     out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return out
+
+
+def widens(*tensors: Tensor) -> bool:
+    """Return whether these are bf16 matrices which this processor multiplies faster as fp32.
+
+    That is every x86 processor without AMX, and without another maker's AVX-512 instructions for bf16: Intel's take
+    twice as long as those for fp32, and without any it is done by shifts (docs/performance.md).
+    """
+    return all(
+        tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
+        for tensor in tensors
+    ) and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or bf16_is_fast())
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` in the type in which it is multiplied, see :func:`widens`."""
+    return tensor.float() if widens(tensor) else tensor
 
 
 def by_onednn(rows: Tensor, weight: Tensor) -> bool:
@@ -136,6 +161,7 @@ def _to_fill(rows: Tensor, other: Tensor) -> bool:
         and not isinstance(rows, FakeTensor)
         and _may_multiply(other)
         and _knows_bf16()
+        and not widens(rows)
     )
 
 
@@ -168,13 +194,29 @@ def _fp32_by_onednn() -> bool:
 
 
 @functools.cache
+def bf16_is_fast() -> bool:
+    """Return whether this machine has instructions for products in bf16 that beat those for fp32.
+
+    True where the processor does not say: torch then knows better than this.
+    """
+    flags = _processor("flags").split()  # what x86 calls them; other processors have no such line
+    return not flags or "amx_bf16" in flags or ("avx512_bf16" in flags and processor_maker() != "GenuineIntel")
+
+
 def processor_maker() -> str:
     """Return what this machine's processor says its maker is, as ``GenuineIntel``; empty where it does not say."""
+    return _processor("vendor_id") or ("GenuineIntel" if "GenuineIntel" in platform.processor() else "")
+
+
+@functools.cache
+def _processor(key: str) -> str:
+    """Return what Linux says of this machine's first processor, empty where it says nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return "GenuineIntel" if "GenuineIntel" in platform.processor() else ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+        return ""
+    found = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in found if name.strip() == key), "")
 
 
 @functools.cache
