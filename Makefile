@@ -24,7 +24,7 @@ bench: $(READY)
 
 install: $(READY)
 
-$(READY): setup.py constraints.txt $(wildcard dinov2_fsdp/native/*.cpp)
+$(READY): setup.py constraints.txt $(wildcard dinov2_fsdp/native/*.cpp dinov2_fsdp/native/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "installing (several GB the first time, a few minutes) …"

@@ -21,14 +21,15 @@ def compiled():
     """Return what a compiler builds; an installation without a compiler goes on, and does the same in torch."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return []
-    source = Path(__file__).parent / "dinov2_fsdp" / "native" / "layers.cpp"
-    fingerprint = hashlib.sha256(source.read_bytes()).hexdigest()
+    native = Path(__file__).parent / "dinov2_fsdp" / "native"
+    sources = sorted(path for path in native.iterdir() if path.suffix in (".cpp", ".h"))  # as native/__init__.py
+    fingerprint = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
     return [
         Extension(
             f"dinov2_fsdp.native.{name}",
-            ["dinov2_fsdp/native/layers.cpp"],
+            [f"dinov2_fsdp/native/{source.name}" for source in sources if source.suffix == ".cpp"],
             define_macros=[("DINOV2_SOURCE", f'"{fingerprint}"')],
-            depends=["setup.py"],
+            depends=["setup.py", "dinov2_fsdp/native/common.h"],
             extra_compile_args=[*_OPTIONS, *flags],
             extra_link_args=["-fopenmp"],
             language="c++",
@@ -43,7 +44,7 @@ setup(
     version=version["__version__"],
     description="DINOv2 pretraining that runs the same on a laptop and on a cluster",
     packages=find_packages(include=["dinov2_fsdp", "dinov2_fsdp.*"]),
-    package_data={"dinov2_fsdp.native": ["*.cpp"]},
+    package_data={"dinov2_fsdp.native": ["*.cpp", "*.h"]},
     ext_modules=compiled(),
     python_requires=">=3.10",
     install_requires=[

@@ -52,11 +52,13 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]
 
 @pytest.fixture
 def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The processor says that it is not of MKL's maker."""
+    """The processor says that it is not of MKL's maker, and fast in bf16."""
     monkeypatch.setattr(products, "processor_maker", lambda: "AuthenticAMD")
+    monkeypatch.setattr(products, "bf16_is_fast", lambda: True)
 
 
-@pytest.fixture(params=["AuthenticAMD", "GenuineIntel"])
+@pytest.fixture(params=[("AuthenticAMD", True), ("GenuineIntel", True), ("GenuineIntel", False)])
 def maker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test runs as on processors of MKL's maker and of another."""
-    monkeypatch.setattr(products, "processor_maker", lambda: request.param)
+    """The test runs as on processors of MKL's maker, fast in bf16 and slow, and of another."""
+    monkeypatch.setattr(products, "processor_maker", lambda: request.param[0])
+    monkeypatch.setattr(products, "bf16_is_fast", lambda: request.param[1])

@@ -48,14 +48,22 @@ def everything(*layers: nn.Module, gamma: nn.Parameter | None) -> list[nn.Parame
 
 
 @pytest.fixture(
-    params=[(512, True), (7, True), (7, False)],
-    ids=["whole", "a few rows at a time", "a few rows at a time by torch alone"],
+    params=[(*way, fast) for fast in (True, False) for way in [(512, True), (7, True), (7, False)]],
+    ids=[
+        "whole",
+        "a few rows at a time",
+        "a few rows at a time by torch alone",
+        "whole, bf16 multiplied in fp32",
+        "a few rows at a time, bf16 multiplied in fp32",
+        "a few rows at a time by torch alone, bf16 multiplied in fp32",
+    ],
     autouse=True,
 )
 def at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Every test of this file runs with activations that are computed whole, and a few rows at a time, by compiled code
-    and without."""
-    rows, compiled = request.param
+    and without, on a processor that is fast in bf16 and on one that is not."""
+    rows, compiled, fast = request.param
+    monkeypatch.setattr(products, "bf16_is_fast", lambda: fast)
     monkeypatch.setattr(frugal, "CACHED_ROWS", rows)
     monkeypatch.setattr(fused, "_LEAST", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)

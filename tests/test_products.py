@@ -42,7 +42,8 @@ def test_products_with_derivatives_are_those_of_torch(dtype: torch.dtype, bias: 
 
 
 @pytest.mark.skipif(not products._knows_bf16() or not products._has_onednn(), reason="bf16 is not oneDNN's here")
-def test_few_rows_of_bf16_have_one_of_few_shapes() -> None:
+def test_few_rows_of_bf16_have_one_of_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "bf16_is_fast", lambda: True)
     layer, found = products.Linear(4, 5).bfloat16(), []
     for count in (65, 100, 127, 128, 129):
         with Called() as called:
@@ -88,10 +89,48 @@ def test_products_of_rows_and_of_batches_are_those_of_torch(dtype: torch.dtype, 
         torch.testing.assert_close(found.double(), expected, **TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize(("text", "maker"), [("vendor_id\t: AuthenticAMD\nmodel\t: 17\n", "AuthenticAMD"), ("", "")])
-def test_a_processor_says_who_made_it(text: str, maker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+AMD, INTEL = "vendor_id\t: AuthenticAMD\nmodel\t: 17\n", "vendor_id\t: GenuineIntel\nmodel\t: 207\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "maker", "fast"),
+    [
+        (f"{AMD}flags\t\t: fpu avx512f avx512_bf16 hle\n\n{INTEL}", "AuthenticAMD", True),
+        (f"{AMD}flags\t\t: fpu avx2\n", "AuthenticAMD", False),
+        (f"{INTEL}flags\t\t: fpu avx512f avx512_bf16 amx_bf16 amx_tile\n", "GenuineIntel", True),
+        (f"{INTEL}flags\t\t: fpu avx512f avx512_bf16\n", "GenuineIntel", False),
+        (f"{INTEL}flags\t\t: fpu avx2\n", "GenuineIntel", False),
+        ("processor\t: 0\nFeatures\t: fp asimd\n", "", True),
+        ("", "", True),
+    ],
+)
+def test_a_processor_says_who_made_it_and_whether_it_is_fast_in_bf16(
+    text: str, maker: str, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pathlib.Path.read_text", lambda _: text)
-    assert products.processor_maker.__wrapped__() == maker
+    monkeypatch.setattr("platform.processor", lambda: "")
+    monkeypatch.setattr(products, "_processor", products._processor.__wrapped__)
+    assert products.processor_maker() == maker
+    assert products.bf16_is_fast.__wrapped__() == fast
+
+
+def test_bf16_is_multiplied_in_fp32_where_a_processor_is_slow_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, weight = torch.randn(50, 40).bfloat16(), torch.randn(30, 40).bfloat16()
+    exact = rows.double() @ weight.double().t()
+    for fast, error in ((True, 1e-2), (False, 1e-6)):
+        monkeypatch.setattr(products, "bf16_is_fast", lambda fast=fast: fast)
+        with torch.no_grad():
+            out = products.linear(rows, weight)
+            product = products.product_of_rows(rows.t(), weight.t())
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, exact.bfloat16()) or fast  # rounded once
+        assert product.dtype == (torch.bfloat16 if fast else torch.float32)
+        assert (product.double() - exact).norm() <= error * exact.norm()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not products.widens(rows)
+        assert not products.widens(rows.float())
+        with FakeTensorMode():
+            assert not products.widens(torch.randn(5, 4).bfloat16())
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch without MKL has oneDNN alone")

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dinov2_fsdp.models.fused import (
-    added,
     compiled,
     gelu,
     gelu_backward,
@@ -32,7 +31,7 @@ from dinov2_fsdp.models.fused import (
     sum_rows,
     transposed,
 )
-from dinov2_fsdp.models.products import by_onednn, linear, packed, product_of_rows, widened
+from dinov2_fsdp.models.products import bias_apart, by_onednn, linear, linear_onto, packed, product_of_rows, widened
 
 ACTIVATIONS = ("gelu", "swiglu")
 
@@ -246,14 +245,16 @@ class _FeedForward(torch.autograd.Function):
         for some in ctx.slices:
             rows = widened(tokens[some])
             normed, mean, scale = layer_norm(rows, *norm)
-            hidden = linear(normed, first, bias)
-            del normed
-            hidden_kept = hidden.to(tokens.dtype) if keep else None
-            overwrite = hidden_kept is not hidden
-            activated = gelu(hidden, overwrite) if activation == "gelu" else activate(hidden, activation)
-            found = linear(activated, second, scaled_bias)
+            if activation == "gelu":
+                apart = bias_apart(normed, first)
+                hidden = linear(normed, first, None if apart else bias)
+                activated, hidden_kept = gelu(hidden, bias if apart else None, tokens.dtype if keep else None)
+            else:
+                hidden = linear(normed, first, bias)
+                activated, hidden_kept = activate(hidden, activation), hidden.to(tokens.dtype)
+            del normed, hidden
+            out = linear_onto(activated, second, scaled_bias, rows if onto else None, rows_of(whole, some))
             del activated
-            out = added(found, rows if onto else None, rows_of(whole, some))
             kept += [hidden_kept, mean, scale] if keep else []
         ctx.save_for_backward(tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept)
         return out.to(tokens.dtype) if whole is None else whole
@@ -268,12 +269,13 @@ class _FeedForward(torch.autograd.Function):
         whole, sums = whole_for(count, tokens), Sums(count)
         for i, some in enumerate(ctx.slices):
             hidden, *statistics = kept[3 * i : 3 * i + 3]
-            hidden, of_out = widened(hidden), widened(grad[some])
+            of_out = widened(grad[some])
             if ctx.activation == "gelu" and compiled(hidden):
                 of_activated = linear(of_out, scaled.t())
                 of_hidden, total, activated = gelu_backward(of_activated, hidden)
                 sums.add_product("scaled", of_out, activated)
             else:
+                hidden = widened(hidden)
                 activated = activate(hidden, ctx.activation)
                 sums.add_product("scaled", of_out, activated)
                 del activated

@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 from dinov2_fsdp.models import frugal
 from dinov2_fsdp.models.frugal import OF_NORM_LINEAR, Sums, in_weights, norm_linear_backward, of_layer_scale
 from dinov2_fsdp.models.fused import (
-    added,
     attention,
     attention_backward,
     attention_compiled,
@@ -28,7 +27,7 @@ from dinov2_fsdp.models.fused import (
 )
 from dinov2_fsdp.models.layout import Layout
 from dinov2_fsdp.models.plain_attention import attend_parts, attend_parts_backward
-from dinov2_fsdp.models.products import linear, packed, widened
+from dinov2_fsdp.models.products import linear, linear_onto, packed, widened
 
 _KEPT_EACH = 5
 """Tensors that are kept of a few sequences."""
@@ -106,14 +105,13 @@ class _AttentionBranch(torch.autograd.Function):
             del normed
             ctx.compiled.append(attention_compiled(qkv))
             if ctx.compiled[-1]:
-                attended, weights = attention(qkv, sequences, keep)
+                attended, weights = attention(qkv, sequences, tokens.dtype if keep else None)
             else:
                 qkv = split_heads(qkv, sequences, qkv.shape[-1] ** -0.5)
                 found, weights = attend_parts(qkv)
                 attended = found.new_empty(len(mean), dim)
                 join_heads(found, sequences, attended.unflatten(-1, (heads, -1)))
-            found = linear(attended, second, scaled_bias)
-            out = added(found, some if onto else None, frugal.rows_of(whole, rows))
+            out = linear_onto(attended, second, scaled_bias, some if onto else None, frugal.rows_of(whole, rows))
             kept += [*(part.to(tokens.dtype) for part in (qkv, weights, attended)), mean, scale] if keep else []
         ctx.save_for_backward(tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept)
         return out.to(tokens.dtype) if whole is None else whole
@@ -128,7 +126,7 @@ class _AttentionBranch(torch.autograd.Function):
         whole, sums = frugal.whole_for(count, tokens), Sums(count)
         for i, (rows, sequences) in enumerate(ctx.few):
             qkv, weights, attended, *statistics = kept[_KEPT_EACH * i : _KEPT_EACH * (i + 1)]
-            qkv, weights, of_out = widened(qkv), widened(weights), widened(grad[rows])
+            of_out = widened(grad[rows])
             sums.add_product("scaled", of_out, attended)
             sums.add("bias2", sum_rows(of_out))
             of_attended = linear(of_out, scaled.t())
@@ -137,7 +135,7 @@ class _AttentionBranch(torch.autograd.Function):
             else:
                 of_heads = split_heads(of_attended.unflatten(-1, (1, heads, -1)), sequences)[0]
                 of_qkv = of_attended.new_empty(len(attended), 3, heads, dim // heads)
-                attend_parts_backward(of_heads, qkv, weights, of_qkv, sequences)
+                attend_parts_backward(of_heads, widened(qkv), widened(weights), of_qkv, sequences)
             ends = (of_out if ctx.onto else None, frugal.rows_of(whole, rows))
             of_qkv = of_qkv.flatten(1)
             some = widened(tokens[rows])

@@ -19,30 +19,48 @@ _LEAST = 4096
 """Fewer values than that are not worth the way around torch."""
 
 
-def gelu(hidden: Tensor, overwrite: bool = False) -> Tensor:
-    """Return GELU (arXiv 1606.08415, not its approximations) of each value; in the place of ``hidden`` if so told."""
+def gelu(hidden: Tensor, bias: Tensor | None, keep: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """Return GELU (arXiv 1606.08415, not its approximations) of ``hidden + bias``, and that sum in the type ``keep``.
+
+    Args:
+        hidden: ``(rows, width)``, which may be overwritten, and may be what is returned as kept.
+        bias: ``(width,)``, None for none.
+        keep: fp32 or bf16; None if only the activation is wanted.
+    """
     # In bf16 torch's is as fast.
-    if hidden.dtype != torch.float32 or not (library := _library(hidden)):
-        return F.gelu(hidden)
-    out = hidden if overwrite else torch.empty_like(hidden)
-    library.gelu(hidden.data_ptr(), out.data_ptr(), hidden.numel())
-    return out
+    library = None if hidden.dtype != torch.float32 else _library(hidden, *([] if bias is None else [bias]), dim=2)
+    if library is None or keep not in (None, torch.float32, torch.bfloat16):
+        hidden = hidden if bias is None else hidden + bias
+        return F.gelu(hidden), None if keep is None else hidden.to(keep)
+    # One of the two results takes the place of what is given: the one of its type.
+    own_place = keep == torch.float32
+    out = torch.empty_like(hidden) if own_place else hidden
+    kept = hidden if own_place else None if keep is None else torch.empty_like(hidden, dtype=keep)
+    write = kept is not None and not (own_place and bias is None)
+    pointers = (hidden.data_ptr(), None if bias is None else bias.data_ptr())
+    target = kept.data_ptr() if kept is not None and write else None
+    library.gelu(int(keep == torch.bfloat16), *pointers, *hidden.shape, target, out.data_ptr())
+    return out, kept
 
 
 def gelu_backward(of_activated: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradient in ``hidden`` ``(rows, width)``, its sum over rows ``(width,)``, and GELU of ``hidden``.
 
-    The first takes the place of ``of_activated``; the second is in fp32 if compiled. Three tensors at a time: where
-    they are large and nothing is compiled, one after the other takes less memory, see :func:`compiled`.
+    The first takes the place of ``of_activated``; the second is in fp32 if compiled. ``hidden`` may be bf16 where the
+    rest is fp32. Three tensors at a time: where they are large and nothing is compiled, one after the other takes less
+    memory, see :func:`compiled`.
     """
-    library = _library(of_activated, hidden, dim=2)
+    library = _library(of_activated, dim=2) if _library(hidden, dim=2) else None
+    if hidden.dtype != of_activated.dtype and hidden.dtype != torch.bfloat16:
+        library = None
     if library is None:
+        hidden = hidden.to(of_activated.dtype)
         activated = F.gelu(hidden)
         of_hidden: Tensor = torch.ops.aten.gelu_backward.grad_input(of_activated, hidden, grad_input=of_activated)
         return of_hidden, of_hidden.sum(0), activated
-    activated, total = torch.empty_like(hidden), torch.empty(hidden.shape[1])
+    activated, total = torch.empty_like(of_activated), torch.empty(hidden.shape[1])
     pointers = (hidden.data_ptr(), of_activated.data_ptr(), activated.data_ptr())
-    library.gelu_backward(_half(hidden), *pointers, *hidden.shape, total.data_ptr())
+    library.gelu_backward(_half(hidden), _half(of_activated), *pointers, *hidden.shape, total.data_ptr())
     return of_activated, total, activated
 
 
@@ -143,35 +161,42 @@ def attention_compiled(qkv: Tensor) -> bool:
     return library is not None and library.has_attention and qkv.dtype == torch.float32
 
 
-def attention(qkv: Tensor, sequences: int, keep: bool) -> tuple[Tensor, Tensor]:
-    """Return softmax(q·kᵀ/√d)·v for ``(sequences · length, 3, heads, dim)`` and the softmax weights.
+def attention(qkv: Tensor, sequences: int, keep: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Return softmax(q·kᵀ/√d)·v for ``(sequences · length, 3, heads, dim)`` in fp32, and the softmax weights.
 
-    The former is ``(sequences · length, heads · dim)``, the latter ``(sequences · heads, length, length)``, empty if
-    they are not to be kept. Ask :func:`attention_compiled` first.
+    The former is ``(sequences · length, heads · dim)``, the latter ``(sequences · heads, length, length)`` in the type
+    ``keep``, fp32 or bf16, and empty if that is None. Ask :func:`attention_compiled` first.
     """
-    out: tuple[Tensor, Tensor] = torch.ops.dinov2_fsdp.attention(qkv, sequences, keep)
+    half = keep == torch.bfloat16
+    out: tuple[Tensor, Tensor] = torch.ops.dinov2_fsdp.attention(qkv, sequences, keep is not None, half)
     return out
 
 
 def attention_backward(grad: Tensor, qkv: Tensor, weights: Tensor, sequences: int) -> Tensor:
-    """Return the gradient in ``qkv``, see :func:`attention`, from that in its result."""
+    """Return the gradient in ``qkv``, see :func:`attention`, from that in its result, both in fp32.
+
+    ``qkv`` has the type of the softmax weights, fp32 or bf16.
+    """
+    qkv = qkv.to(weights.dtype).contiguous()
     out: Tensor = torch.ops.dinov2_fsdp.attention_backward(grad.contiguous(), qkv, weights, sequences)
     return out
 
 
-def _attention(qkv: Tensor, sequences: int, keep: bool) -> tuple[Tensor, Tensor]:
+def _attention(qkv: Tensor, sequences: int, keep: bool, half: bool) -> tuple[Tensor, Tensor]:
     rows, _, heads, dim = qkv.shape
-    length = rows // sequences
-    out, weights = qkv.new_empty(rows, heads * dim), qkv.new_empty(sequences * heads if keep else 0, length, length)
+    length, dtype = rows // sequences, torch.bfloat16 if half else torch.float32
+    out = qkv.new_empty(rows, heads * dim)
+    weights = torch.empty(sequences * heads if keep else 0, length, length, dtype=dtype)
     shape = (sequences, length, heads, dim, dim**-0.5)
-    _loaded().attention(qkv.data_ptr(), *shape, weights.data_ptr() if keep else None, out.data_ptr())
+    _loaded().attention(int(half), qkv.data_ptr(), *shape, weights.data_ptr() if keep else None, out.data_ptr())
     return out, weights
 
 
 def _attention_backward(grad: Tensor, qkv: Tensor, weights: Tensor, sequences: int) -> Tensor:
     rows, _, heads, dim = qkv.shape
-    out, shape = torch.empty_like(qkv), (sequences, rows // sequences, heads, dim, dim**-0.5)
-    _loaded().attention_backward(grad.data_ptr(), qkv.data_ptr(), weights.data_ptr(), *shape, out.data_ptr())
+    out, shape = grad.new_empty(qkv.shape), (sequences, rows // sequences, heads, dim, dim**-0.5)
+    pointers = (grad.data_ptr(), qkv.data_ptr(), weights.data_ptr())
+    _loaded().attention_backward(_half(weights), *pointers, *shape, out.data_ptr())
     return out
 
 
@@ -184,7 +209,7 @@ def _loaded() -> Library:
 
 # Operations of torch's, for whatever looks at them: what they multiply is counted.
 _operations = torch.library.Library("dinov2_fsdp", "DEF")
-_operations.define("attention(Tensor qkv, int sequences, bool keep) -> (Tensor, Tensor)")
+_operations.define("attention(Tensor qkv, int sequences, bool keep, bool half) -> (Tensor, Tensor)")
 _operations.define("attention_backward(Tensor grad, Tensor qkv, Tensor weights, int sequences) -> Tensor")
 _operations.impl("attention", _attention, "CPU")
 _operations.impl("attention_backward", _attention_backward, "CPU")

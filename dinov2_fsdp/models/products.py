@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
-from dinov2_fsdp.models.fused import laid_out, transposed
+from dinov2_fsdp.models.fused import added, laid_out, transposed
 
 LEAST_PARTS = 4
 """Products with one weight from which on laying it out anew pays."""
@@ -49,6 +49,29 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(rows, weight, bias)
     # Not a slice: FSDP warns of outputs that are views.
     return F.linear(_filled(rows), weight, bias).resize_(len(rows), len(weight))
+
+
+def linear_onto(rows: Tensor, weight: Tensor, bias: Tensor, onto: Tensor | None, target: Tensor | None) -> Tensor:
+    """Return ``linear(rows, weight, bias) + onto`` without that if it is None; in ``target`` if that is given.
+
+    Has no derivative.
+    """
+    if onto is None or not bias_apart(rows, weight):
+        return added(linear(rows, weight, bias), onto, target)
+    same = target is not None and target.dtype == rows.dtype
+    out = torch.add(onto, bias, out=target if same else None).addmm_(rows, weight.t())
+    return out if same or target is None else target.copy_(out)
+
+
+def bias_apart(rows: Tensor, weight: Tensor) -> bool:
+    """Return whether a bias takes a pass over memory of its own: MKL adds what stands in the result's place."""
+    return (
+        rows.dtype == torch.float32
+        and rows.device.type == "cpu"
+        and not weight.is_mkldnn
+        and not torch.compiler.is_compiling()
+        and not by_onednn(rows, weight)
+    )
 
 
 class Linear(nn.Linear):
@@ -116,7 +139,11 @@ def packed(weight: Tensor, parts: int) -> Tensor:
     """
     if parts < LEAST_PARTS or torch.is_grad_enabled() or isinstance(weight, FakeTensor) or not _may_multiply(weight):
         return weight
-    if not (_fp32_by_onednn() if weight.dtype == torch.float32 else weight.dtype == torch.bfloat16 and _knows_bf16()):
+    if not (
+        _fp32_by_onednn()
+        if weight.dtype == torch.float32
+        else weight.dtype == torch.bfloat16 and _knows_bf16() and bf16_is_fast()
+    ):
         return weight
     out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
     return out

@@ -27,9 +27,9 @@ VARIANTS = {"AVX512": "_avx512", "AVX2": "_avx2"}
 _INT, _INDEX, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
 _ARGUMENTS = {
-    # Whether tensors are bfloat16 rather than float32 where both are taken, addresses and numbers: see layers.cpp.
-    "gelu": (_POINTER, _POINTER, _INDEX),
-    "gelu_backward": (_INT, _POINTER, _POINTER, _POINTER, _INDEX, _INDEX, _POINTER),
+    # Whether tensors are bfloat16 rather than float32 where both are taken, addresses and numbers: see the sources.
+    "gelu": (_INT, _POINTER, _POINTER, _INDEX, _INDEX, _POINTER, _POINTER),
+    "gelu_backward": (_INT, _INT, _POINTER, _POINTER, _POINTER, _INDEX, _INDEX, _POINTER),
     "sum_rows": (_INT, _POINTER, _INDEX, _INDEX, _POINTER),
     "norm": (_INT, _POINTER, _POINTER, _POINTER, _FLOAT, _INDEX, _INDEX, _POINTER, _POINTER, _POINTER),
     "norm_backward": (_INT, *[_POINTER] * 6, _INDEX, _INDEX, _POINTER, _POINTER),
@@ -38,11 +38,12 @@ _ARGUMENTS = {
     "split_heads": (_INT, _POINTER, *[_INDEX] * 5, _FLOAT, _POINTER),
     "join_heads": (_INT, _POINTER, *[_INDEX] * 5, _FLOAT, _INT, _POINTER),
     "transpose": (_INT, _POINTER, *[_INDEX] * 3, _POINTER),
+    "adamw": (*[_POINTER] * 4, _INDEX, *[_FLOAT] * 8),
 }
 
 _WITH_AVX512 = {
-    "attention": (_POINTER, *[_INDEX] * 4, _FLOAT, _POINTER, _POINTER),
-    "attention_backward": (_POINTER, _POINTER, _POINTER, *[_INDEX] * 4, _FLOAT, _POINTER),
+    "attention": (_INT, _POINTER, *[_INDEX] * 4, _FLOAT, _POINTER, _POINTER),
+    "attention_backward": (_INT, _POINTER, _POINTER, _POINTER, *[_INDEX] * 4, _FLOAT, _POINTER),
 }
 
 _log = logging.getLogger(__name__)
@@ -85,7 +86,8 @@ class Library:
 
 def source() -> bytes:
     """Return the fingerprint of the code as it lies here, which setup.py compiles into what it builds."""
-    return hashlib.sha256(Path(__file__).with_name("layers.cpp").read_bytes()).hexdigest().encode()
+    sources = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest().encode()
 
 
 def library() -> Library | None:

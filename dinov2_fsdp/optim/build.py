@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinov2_fsdp.errors import UserError, nearest
+from dinov2_fsdp.native import Library, parallel_library
 from dinov2_fsdp.optim.clip import local_shard
 from dinov2_fsdp.optim.lars import LARS
 
 
-class UnfusedAdamW(torch.optim.AdamW):
-    """AdamW that reads ``grad_scale`` and ``found_inf`` as the fused one does, for CPUs.
+class CpuAdamW(torch.optim.AdamW):
+    """AdamW for CPUs that reads ``grad_scale`` and ``found_inf`` as the fused one does.
 
-    The fused CPU kernel rounds the last elements of a tensor, which do not fill a vector, otherwise than the ones
-    before: where a parameter is cut into shards would show in its bits.
+    torch's fused CPU kernel rounds the last elements of a tensor, which do not fill a vector, otherwise than the ones
+    before: where a parameter is cut into shards would show in its bits. Compiled code (:mod:`dinov2_fsdp.native`)
+    rounds all alike; where it is missing, torch takes one operation after the other.
     """
 
     grad_scale: Tensor | None = None
@@ -27,14 +30,44 @@ class UnfusedAdamW(torch.optim.AdamW):
         grad_scale, found_inf = self.grad_scale, self.found_inf
         if found_inf is not None and bool(found_inf):
             return None
+        with_grad = [(group, p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        shards, library = [local_shard(grad) for _, _, grad in with_grad], parallel_library()
+        if closure is None and library and _fits(*shards, *(local_shard(parameter) for _, parameter, _ in with_grad)):
+            scale = 1.0 if grad_scale is None else float(grad_scale)
+            for group, parameter, grad in with_grad:
+                self._step_of(parameter, grad, group, scale, library)
+            return None
         if grad_scale is not None:
-            shards = [local_shard(p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
             torch._foreach_div_(shards, grad_scale)
         self.grad_scale = self.found_inf = None  # the parent refuses both
         try:
             return super().step(closure)
         finally:
             self.grad_scale, self.found_inf = grad_scale, found_inf
+
+    def _step_of(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], scale: float, library: Library) -> None:
+        state = self.state[parameter]
+        if not state:  # as the parent begins
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state["step"] += 1
+        steps, rate, (beta1, beta2) = float(state["step"]), float(group["lr"]), group["betas"]
+        tensors = [local_shard(t) for t in (parameter, grad, state["exp_avg"], state["exp_avg_sq"])]
+        kept, correction = 1 - rate * group["weight_decay"], math.sqrt(1 - beta2**steps)
+        numbers = (scale, kept, 1 - beta1, beta2, 1 - beta2, rate / (1 - beta1**steps), correction, group["eps"])
+        library.adamw(*(tensor.data_ptr() for tensor in tensors), tensors[0].numel(), *numbers)
+
+
+def _fits(*tensors: Tensor) -> bool:
+    """Return whether compiled code takes these: it reads memory, one value after the other."""
+    return all(
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.dtype == torch.float32
+        and tensor.is_contiguous()
+        for tensor in tensors
+    )
 
 
 def build_optimizer(
@@ -50,7 +83,7 @@ def build_optimizer(
     """
     if name == "adamw":
         on_cpu = all(parameter.device.type == "cpu" for group in groups for parameter in group["params"])
-        adamw, kernel = (UnfusedAdamW, {"foreach": True}) if on_cpu else (torch.optim.AdamW, {"fused": True})
+        adamw, kernel = (CpuAdamW, {"foreach": True}) if on_cpu else (torch.optim.AdamW, {"fused": True})
         return adamw(groups, lr=0.0, betas=betas, eps=eps, weight_decay=0.0, **kernel)
     if name == "lars":
         return LARS(groups, momentum=momentum)

@@ -1,0 +1,140 @@
+// What both files of compiled code stand on: types, rounding, exp, and matrices with their sides exchanged.
+//
+// Arithmetic is in single precision, whatever the tensors' type.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// `half` says that tensors hold bfloat16, else float.
+#define CALL(function, ...)              \
+  if (half) {                            \
+    using T = BFloat16;                  \
+    function<T>(__VA_ARGS__);            \
+  } else {                               \
+    using T = float;                     \
+    function<T>(__VA_ARGS__);            \
+  }
+#define IN(pointer) static_cast<const T*>(pointer)
+#define OUT(pointer) static_cast<T*>(pointer)
+
+namespace {
+
+using Index = std::int64_t;
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+inline float bits_to_float(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline std::uint32_t float_to_bits(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float widen(float value) { return value; }
+inline float widen(BFloat16 value) { return bits_to_float(static_cast<std::uint32_t>(value.bits) << 16); }
+
+template <typename T>
+inline T narrow(float value);
+template <>
+inline float narrow<float>(float value) {
+  return value;
+}
+template <>
+inline BFloat16 narrow<BFloat16>(float value) {
+  // To the nearest, ties to even. Not a number stays that: rounding up could turn it into infinity.
+  const std::uint32_t bits = float_to_bits(value);
+  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const bool number = (bits & 0x7fffffffu) <= 0x7f800000u;
+  return {static_cast<std::uint16_t>(number ? rounded : 0x7fc0u)};
+}
+
+// exp of what is not above 0; 0 below -87, where it would come near what single precision holds in full.
+inline float exp_below_zero(float x) {
+  const float clamped = x < -87.0f ? -87.0f : x;  // false for what is not a number, which so stays
+  const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 · 2^23: leaves the nearest whole number
+  const float whole = shifted - 12582912.0f;
+  const float rest = (clamped - whole * 0.693145752f) - whole * 1.42860677e-6f;
+  float p = 1.381459568853478e-3f;  // 1 + r + r² · this, fitted to a relative error of 3e-9
+  p = p * rest + 8.368717214102164e-3f;
+  p = p * rest + 4.166838810919513e-2f;
+  p = p * rest + 0.16666520628114084f;
+  p = p * rest + 0.4999999344746817f;
+  p = p * rest + 1.0f;
+  p = p * rest + 1.0f;
+  const std::uint32_t exponent = (float_to_bits(shifted) - 0x4b400000u + 127u) << 23;
+  return x < -87.0f ? 0.0f : p * bits_to_float(exponent);
+}
+
+// 8 rows of 8 values, their sides exchanged.
+inline void transpose_8x8(const float* in, Index in_stride, float* out, Index out_stride) {
+  __m256 row[8], pair[8];
+  for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(in + i * in_stride);
+  for (int i = 0; i < 8; i += 2) {
+    pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+    pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    row[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+    row[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
+    row[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+    row[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(out + i * out_stride, _mm256_permute2f128_ps(row[i], row[i + 4], 0x20));
+    _mm256_storeu_ps(out + (i + 4) * out_stride, _mm256_permute2f128_ps(row[i], row[i + 4], 0x31));
+  }
+}
+
+inline void transpose_8x8(const BFloat16* in, Index in_stride, BFloat16* out, Index out_stride) {
+  __m128i row[8], pair[8];
+  for (int i = 0; i < 8; ++i) row[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i * in_stride));
+  for (int i = 0; i < 4; ++i) {
+    pair[2 * i] = _mm_unpacklo_epi16(row[2 * i], row[2 * i + 1]);
+    pair[2 * i + 1] = _mm_unpackhi_epi16(row[2 * i], row[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {  // columns 2i and 2i + 1, 2i + 4 and 2i + 5 of rows 0 to 3 and 4 to 7
+    row[4 * i] = _mm_unpacklo_epi32(pair[4 * i], pair[4 * i + 2]);
+    row[4 * i + 1] = _mm_unpackhi_epi32(pair[4 * i], pair[4 * i + 2]);
+    row[4 * i + 2] = _mm_unpacklo_epi32(pair[4 * i + 1], pair[4 * i + 3]);
+    row[4 * i + 3] = _mm_unpackhi_epi32(pair[4 * i + 1], pair[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    __m128i* first = reinterpret_cast<__m128i*>(out + 2 * i * out_stride);
+    __m128i* second = reinterpret_cast<__m128i*>(out + (2 * i + 1) * out_stride);
+    _mm_storeu_si128(first, _mm_unpacklo_epi64(row[i], row[i + 4]));
+    _mm_storeu_si128(second, _mm_unpackhi_epi64(row[i], row[i + 4]));
+  }
+}
+
+// rows × columns → columns × rows
+template <typename T>
+inline void transpose_part(const T* in, Index in_stride, Index rows, Index columns, T* out, Index out_stride) {
+  const Index even_rows = rows & ~Index{7}, even_columns = columns & ~Index{7};
+  for (Index row = 0; row < even_rows; row += 8) {
+    for (Index column = 0; column < even_columns; column += 8)
+      transpose_8x8(in + row * in_stride + column, in_stride, out + column * out_stride + row, out_stride);
+    for (Index column = even_columns; column < columns; ++column)
+      for (Index i = 0; i < 8; ++i) out[column * out_stride + row + i] = in[(row + i) * in_stride + column];
+  }
+  for (Index row = even_rows; row < rows; ++row)
+    for (Index column = 0; column < columns; ++column) out[column * out_stride + row] = in[row * in_stride + column];
+}
+
+}  // namespace
