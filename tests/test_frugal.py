@@ -238,6 +238,7 @@ def test_fp16_and_autocast_take_the_plain_modules(dtype: torch.dtype, monkeypatc
         assert not frugal_attention.applies(rows, first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
 def test_a_block_compiles_as_a_whole(ffn: str) -> None:
     torch._dynamo.reset()
@@ -369,6 +370,7 @@ def test_without_gradients_nothing_is_kept(grad: bool, monkeypatch: pytest.Monke
     assert kept == [grad, grad]
 
 
+@pytest.mark.slow
 def test_a_compiled_block_takes_any_number_of_chosen_rows() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)

@@ -344,6 +344,7 @@ def test_what_is_pinned_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(same(a, b) for a, b in zip(alone, helped, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ending", "code", "said"),
     [

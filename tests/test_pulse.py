@@ -66,6 +66,7 @@ def test_the_rank_that_others_wait_for_is_named_with_its_place(capsys: pytest.Ca
     assert {code for _, code in ended} == {EXIT_FAILED}
 
 
+@pytest.mark.slow
 def test_a_rank_that_goes_on_is_never_ended() -> None:
     with ranks(2, LIMIT) as (pulses, ended):
         for step in range(30):
@@ -156,6 +157,7 @@ def test_rank_0_does_not_wait_for_ever_for_one_that_never_leaves(monkeypatch: py
         assert 0.3 <= time.monotonic() - start < 10
 
 
+@pytest.mark.slow
 def test_a_dead_rank_ends_the_others_though_no_communication_fails(capsys: pytest.CaptureFixture[str]) -> None:
     with ranks(3) as (pulses, ended):
         for pulse in pulses:
