@@ -29,7 +29,7 @@ def compiled():
             f"dinov2_fsdp.native.{name}",
             [f"dinov2_fsdp/native/{source.name}" for source in sources if source.suffix == ".cpp"],
             define_macros=[("DINOV2_SOURCE", f'"{fingerprint}"')],
-            depends=["setup.py", "dinov2_fsdp/native/common.h"],
+            depends=["setup.py", *(f"dinov2_fsdp/native/{source.name}" for source in sources)],
             extra_compile_args=[*_OPTIONS, *flags],
             extra_link_args=["-fopenmp"],
             language="c++",

@@ -88,8 +88,10 @@ def run_peer(arguments: dict[str, Any]) -> dict[str, Any]:
 
     def start(self: Any, *args: Any, **kwargs: Any) -> Any:
         plugin = self.trainer.precision_plugin
-        if self.device.type == "cpu" and hasattr(plugin, "device"):
+        if self.device.type == "cpu" and arguments["precision"] != PRECISIONS["fp32"]:
             # The peer sets its mixed precision up for CUDA alone; without, it trains in fp32, with a warning.
+            if not hasattr(plugin, "device"):
+                raise SystemExit(f"{type(plugin).__name__} does not say on which device it computes in less than fp32")
             plugin.device = "cpu"
         started[0] = time.perf_counter()
         return before(self, *args, **kwargs)

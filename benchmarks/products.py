@@ -87,7 +87,8 @@ class CompiledAttention:
     heads: int
     dim: int
     backward: bool
-    keep: bool
+    kept: torch.dtype | None
+    """Of the softmax weights, and backward of queries, keys and values."""
 
     dtype = torch.float32
 
@@ -112,11 +113,12 @@ class CompiledAttention:
     def seconds(self, device: torch.device) -> float:
         """Return the better of what libraries take, and what the operation takes, with its softmax."""
         packed = torch.randn(self.sequences * self.length, 3, self.heads, self.dim)
-        out, weights = attention(packed, self.sequences, torch.float32)
+        out, weights = attention(packed, self.sequences, self.kept or torch.float32)
+        of_kept = packed.to(weights.dtype)
         run: Callable[[], object] = (
-            (lambda: attention_backward(out, packed, weights, self.sequences))
+            (lambda: attention_backward(out, of_kept, weights, self.sequences))
             if self.backward
-            else (lambda: attention(packed, self.sequences, torch.float32 if self.keep else None))
+            else (lambda: attention(packed, self.sequences, self.kept))
         )
         return min(_repeated(run, device), sum(seconds_of(product, device) for product in self.products))
 
@@ -148,7 +150,8 @@ class ProductRecorder(TorchDispatchMode):
             backward = func.overloadpacket.__name__ == "attention_backward"
             qkv, sequences = (args[1], args[3]) if backward else args[:2]
             length, _, heads, dim = len(qkv) // sequences, *qkv.shape[1:]
-            self.products[CompiledAttention(sequences, length, heads, dim, backward, backward or args[2])] += 1
+            kept = qkv.dtype if backward else (torch.bfloat16 if args[3] else torch.float32) if args[2] else None
+            self.products[CompiledAttention(sequences, length, heads, dim, backward, kept)] += 1
         elif func.overloadpacket.__name__ == "convolution" and (batch := _batch_of(*args)):
             self.products[batch] += 1
         elif func.overloadpacket.__name__ in ("baddbmm", "convolution", "convolution_backward") or (

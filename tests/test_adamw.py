@@ -122,3 +122,31 @@ def test_a_state_goes_on_where_it_was_saved_by_either_way() -> None:
         optimizer.step()
     torch.testing.assert_close(other.detach(), parameter.detach(), rtol=1e-6, atol=1e-7)
     assert resumed.state[other]["step"].item() == 4
+
+
+@pytest.mark.parametrize("option", ["amsgrad", "maximize"])
+def test_what_compiled_code_does_not_know_is_left_to_torch(option: str) -> None:
+    weights, grad = start(100), gradients(1, 100)[0]
+    own, other = nn.Parameter(weights.clone()), nn.Parameter(weights.clone())
+    optimizer = optimizer_of([own])
+    optimizer.param_groups[0][option] = True
+    torchs = torch.optim.AdamW(
+        [other], RATE, BETAS, EPS, DECAY, foreach=True, amsgrad=option == "amsgrad", maximize=option == "maximize"
+    )
+    own.grad, other.grad = grad.clone(), grad.clone()
+    optimizer.step()
+    torchs.step()
+    assert torch.equal(own.detach(), other.detach())
+
+
+def test_moments_that_lie_otherwise_are_left_to_torch() -> None:
+    parameter, other = (nn.Parameter(start(100).view(10, 10).clone()) for _ in range(2))
+    for used, layout in ((parameter, "turned"), (other, "plain")):
+        optimizer = optimizer_of([used])
+        for grad in gradients(3, 100):
+            used.grad = grad.view(10, 10).clone()
+            optimizer.step()
+            if layout == "turned":
+                state = optimizer.state[used]
+                state["exp_avg"] = state["exp_avg"].t().contiguous().t()
+    torch.testing.assert_close(parameter.detach(), other.detach(), rtol=1e-6, atol=1e-7)

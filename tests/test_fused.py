@@ -305,6 +305,18 @@ def test_compiled_attention_and_its_gradient_are_those_of_double_precision(
 
 
 @pytest.mark.skipif(not has_attention(), reason="compiled attention needs AVX-512")
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+def test_a_gradient_of_another_type_is_taken_in_fp32(kept: torch.dtype, random: Callable[..., Tensor]) -> None:
+    """As it comes from a backward pass under an autocast that the forward pass was not under."""
+    qkv, grad = random(2 * 50, 3, 2, 16), random(2 * 50, 32).bfloat16()
+    _, weights = fused.attention(qkv, 2, kept)
+    expected = fused.attention_backward(grad.float(), qkv, weights, 2)
+    assert torch.equal(fused.attention_backward(grad, qkv, weights, 2), expected)
+    with pytest.raises(TypeError, match="no attention for a gradient"):
+        torch.ops.dinov2_fsdp.attention_backward(grad, qkv.to(kept), weights, 2)
+
+
+@pytest.mark.skipif(not has_attention(), reason="compiled attention needs AVX-512")
 def test_what_compiled_attention_multiplies_is_counted(random: Callable[..., Tensor]) -> None:
     qkv = random(2 * 50, 3, 2, 16)
     with FlopCounterMode(display=False) as counter:

@@ -126,6 +126,12 @@ def test_bf16_is_multiplied_in_fp32_where_a_processor_is_slow_in_it(monkeypatch:
         assert torch.equal(out, exact.bfloat16()) or fast  # rounded once
         assert product.dtype == (torch.bfloat16 if fast else torch.float32)
         assert (product.double() - exact).norm() <= error * exact.norm()
+        for few in (2**24, 100):  # a few rows at a time
+            monkeypatch.setattr(products, "WIDENED", few)
+            with torch.no_grad():
+                assert (products.linear(rows, weight).double() - exact).norm() <= 1e-2 * exact.norm()
+                again = products.product_of_rows(rows.t(), weight.t())
+                assert (again.double() - exact).norm() <= error * exact.norm()
         with torch.autocast("cpu", torch.bfloat16):
             assert not products.widens(rows)
         assert not products.widens(rows.float())

@@ -246,7 +246,7 @@ class _FeedForward(torch.autograd.Function):
             rows = widened(tokens[some])
             normed, mean, scale = layer_norm(rows, *norm)
             if activation == "gelu":
-                apart = bias_apart(normed, first)
+                apart = bias_apart(normed, first) and compiled(normed)
                 hidden = linear(normed, first, None if apart else bias)
                 activated, hidden_kept = gelu(hidden, bias if apart else None, tokens.dtype if keep else None)
             else:

@@ -30,7 +30,7 @@ def gelu(hidden: Tensor, bias: Tensor | None, keep: torch.dtype | None) -> tuple
     # In bf16 torch's is as fast.
     library = None if hidden.dtype != torch.float32 else _library(hidden, *([] if bias is None else [bias]), dim=2)
     if library is None or keep not in (None, torch.float32, torch.bfloat16):
-        hidden = hidden if bias is None else hidden + bias
+        hidden = hidden if bias is None else hidden.add_(bias)
         return F.gelu(hidden), None if keep is None else hidden.to(keep)
     # One of the two results takes the place of what is given: the one of its type.
     own_place = keep == torch.float32
@@ -177,8 +177,9 @@ def attention_backward(grad: Tensor, qkv: Tensor, weights: Tensor, sequences: in
 
     ``qkv`` has the type of the softmax weights, fp32 or bf16.
     """
-    qkv = qkv.to(weights.dtype).contiguous()
-    out: Tensor = torch.ops.dinov2_fsdp.attention_backward(grad.contiguous(), qkv, weights, sequences)
+    # A backward pass may be under an autocast that the forward pass was not.
+    grad, qkv = grad.to(torch.float32).contiguous(), qkv.to(weights.dtype).contiguous()
+    out: Tensor = torch.ops.dinov2_fsdp.attention_backward(grad, qkv, weights, sequences)
     return out
 
 
@@ -186,7 +187,7 @@ def _attention(qkv: Tensor, sequences: int, keep: bool, half: bool) -> tuple[Ten
     rows, _, heads, dim = qkv.shape
     length, dtype = rows // sequences, torch.bfloat16 if half else torch.float32
     out = qkv.new_empty(rows, heads * dim)
-    weights = torch.empty(sequences * heads if keep else 0, length, length, dtype=dtype)
+    weights = qkv.new_empty(sequences * heads if keep else 0, length, length, dtype=dtype)
     shape = (sequences, length, heads, dim, dim**-0.5)
     _loaded().attention(int(half), qkv.data_ptr(), *shape, weights.data_ptr() if keep else None, out.data_ptr())
     return out, weights
@@ -194,6 +195,8 @@ def _attention(qkv: Tensor, sequences: int, keep: bool, half: bool) -> tuple[Ten
 
 def _attention_backward(grad: Tensor, qkv: Tensor, weights: Tensor, sequences: int) -> Tensor:
     rows, _, heads, dim = qkv.shape
+    if grad.dtype != torch.float32 or qkv.dtype != weights.dtype:
+        raise TypeError(f"no attention for a gradient in {grad.dtype} of {qkv.dtype} and {weights.dtype}")
     out, shape = grad.new_empty(qkv.shape), (sequences, rows // sequences, heads, dim, dim**-0.5)
     pointers = (grad.data_ptr(), qkv.data_ptr(), weights.data_ptr())
     _loaded().attention_backward(_half(weights), *pointers, *shape, out.data_ptr())

@@ -25,6 +25,9 @@ LEAST_PARTS = 4
 """Products with one weight from which on laying it out anew pays."""
 
 FEW_ROWS = 1024
+WIDENED = 2**24
+"""Values of bf16 that are copied to fp32 at a time: logits are many."""
+
 ROWS_ALIKE = 64
 """Fewer than so many rows of bf16 are filled up with zeros to a multiple of this, for oneDNN to know their shape again:
 hardly two steps hide as many patches, and making a kernel takes longer than multiplying so few rows."""
@@ -42,7 +45,7 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         out: Tensor = _Linear.apply(rows, weight, bias)
         return out
     if wide:
-        return linear(rows.float(), weight.float(), None if bias is None else bias.float()).to(rows.dtype)
+        return _in_fp32(rows, weight, bias)
     if onednn:
         return _by_onednn(rows, weight, bias)
     if not fill:
@@ -107,7 +110,12 @@ def product_of_rows(left: Tensor, right: Tensor) -> Tensor:
     In fp32 if that is what is multiplied, see :func:`widens`. oneDNN is faster with the shorter side first, and with
     that side laid out anew.
     """
-    left, right = widened(left), widened(right)
+    if widens(left, right):
+        parts = zip(_few(left, right.shape[1]), _few(right, left.shape[1]), strict=True)
+        total = product_of_rows(*(part.float() for part in next(parts)))
+        for some, others in parts:
+            total.addmm_(some.float().t(), others.float())
+        return total
     if by_onednn(left, right):
         return _by_onednn(transposed(left), right.t())
     if _to_fill(left, right):
@@ -152,13 +160,25 @@ def packed(weight: Tensor, parts: int) -> Tensor:
 def widens(*tensors: Tensor) -> bool:
     """Return whether these are bf16 matrices which this processor multiplies faster as fp32.
 
-    That is every x86 processor without AMX, and without another maker's AVX-512 instructions for bf16: Intel's take
-    twice as long as those for fp32, and without any it is done by shifts (docs/performance.md).
+    Where Linux says what the processor can, that is every x86 processor without AMX, and without another maker's
+    AVX-512 instructions for bf16: Intel's take twice as long as those for fp32, and without any it is done by shifts
+    (docs/performance.md).
     """
     return all(
         tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor)
         for tensor in tensors
     ) and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or bf16_is_fast())
+
+
+def _in_fp32(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    weight, bias = weight.float(), None if bias is None else bias.float()
+    found = [linear(some.float(), weight, bias).to(rows.dtype) for some in _few(rows, len(weight))]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _few(rows: Tensor, other_width: int) -> tuple[Tensor, ...]:
+    """Return the rows in parts of which neither these nor what is as wide as ``other_width`` are many values."""
+    return rows.split(max(1, WIDENED // max(1, rows.shape[1], other_width)))
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-// What both files of compiled code stand on: types, rounding, exp, and matrices with their sides exchanged.
+// What the files of compiled code stand on: types, rounding, exp, and matrices with their sides exchanged.
 //
 // Arithmetic is in single precision, whatever the tensors' type.
 

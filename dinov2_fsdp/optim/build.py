@@ -19,7 +19,8 @@ class CpuAdamW(torch.optim.AdamW):
 
     torch's fused CPU kernel rounds the last elements of a tensor, which do not fill a vector, otherwise than the ones
     before: where a parameter is cut into shards would show in its bits. Compiled code (:mod:`dinov2_fsdp.native`)
-    rounds all alike; where it is missing, torch takes one operation after the other.
+    rounds all alike, and leaves gradients as they are; where it is missing, torch takes one operation after the other,
+    and divides the gradients themselves by ``grad_scale``.
     """
 
     grad_scale: Tensor | None = None
@@ -32,7 +33,9 @@ class CpuAdamW(torch.optim.AdamW):
             return None
         with_grad = [(group, p, p.grad) for group in self.param_groups for p in group["params"] if p.grad is not None]
         shards, library = [local_shard(grad) for _, _, grad in with_grad], parallel_library()
-        if closure is None and library and _fits(*shards, *(local_shard(parameter) for _, parameter, _ in with_grad)):
+        plain = not any(g["amsgrad"] or g["maximize"] or g["differentiable"] for g in self.param_groups)
+        plain &= all(self._fits(p, shard) for (_, p, _), shard in zip(with_grad, shards, strict=True))
+        if closure is None and plain and library:
             scale = 1.0 if grad_scale is None else float(grad_scale)
             for group, parameter, grad in with_grad:
                 self._step_of(parameter, grad, group, scale, library)
@@ -44,6 +47,19 @@ class CpuAdamW(torch.optim.AdamW):
             return super().step(closure)
         finally:
             self.grad_scale, self.found_inf = grad_scale, found_inf
+
+    def _fits(self, parameter: Tensor, grad_shard: Tensor) -> bool:
+        """Return whether compiled code takes these: it reads memory, one value after the other."""
+        state = self.state.get(parameter, {})
+        moments = [local_shard(state[name]) for name in ("exp_avg", "exp_avg_sq") if name in state]
+        return all(
+            type(tensor) in (Tensor, nn.Parameter)
+            and tensor.device.type == "cpu"
+            and tensor.dtype == torch.float32
+            and tensor.is_contiguous()
+            and tensor.shape == grad_shard.shape
+            for tensor in (grad_shard, local_shard(parameter), *moments)
+        )
 
     def _step_of(self, parameter: Tensor, grad: Tensor, group: dict[str, Any], scale: float, library: Library) -> None:
         state = self.state[parameter]
@@ -57,17 +73,6 @@ class CpuAdamW(torch.optim.AdamW):
         kept, correction = 1 - rate * group["weight_decay"], math.sqrt(1 - beta2**steps)
         numbers = (scale, kept, 1 - beta1, beta2, 1 - beta2, rate / (1 - beta1**steps), correction, group["eps"])
         library.adamw(*(tensor.data_ptr() for tensor in tensors), tensors[0].numel(), *numbers)
-
-
-def _fits(*tensors: Tensor) -> bool:
-    """Return whether compiled code takes these: it reads memory, one value after the other."""
-    return all(
-        type(tensor) in (Tensor, nn.Parameter)
-        and tensor.device.type == "cpu"
-        and tensor.dtype == torch.float32
-        and tensor.is_contiguous()
-        for tensor in tensors
-    )
 
 
 def build_optimizer(
