@@ -1,13 +1,15 @@
-"""A SLURM that says what a test wants, a user without settings, and processors of one maker or another."""
+"""A SLURM that says what a test wants, a user without settings, processors of one maker or another, compiled code or
+none."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from dinov2_fsdp import native
 from dinov2_fsdp.models import products
 
 
@@ -62,3 +64,15 @@ def maker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """The test runs as on processors of MKL's maker, fast in bf16 and slow, and of another."""
     monkeypatch.setattr(products, "processor_maker", lambda: request.param[0])
     monkeypatch.setattr(products, "bf16_is_fast", lambda: request.param[1])
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test by compiled code, then without."""
+    if request.param == "torch":
+        with native.switched_off():
+            yield request.param
+    elif native.parallel_library() is None:
+        pytest.skip("nothing was compiled for this processor")
+    else:
+        yield request.param

@@ -4,7 +4,6 @@ signals."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,16 +16,7 @@ from dinov2_fsdp.optim.build import build_optimizer
 BETAS, EPS, RATE, DECAY = (0.9, 0.999), 1e-8, 1e-2, 0.1
 
 
-@pytest.fixture(autouse=True, params=["compiled", "torch"])
-def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test by compiled code, then without."""
-    if request.param == "torch":
-        with native.switched_off():
-            yield request.param
-    elif native.parallel_library() is None:
-        pytest.skip("nothing was compiled for this processor")
-    else:
-        yield request.param
+pytestmark = pytest.mark.usefixtures("way")
 
 
 def optimizer_of(parameters: list[nn.Parameter]) -> Any:

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -23,18 +23,6 @@ from dinov2_fsdp.models import frugal, fused
 DTYPES = [torch.float32, torch.bfloat16]
 SUMS = {torch.float32: {"rtol": 1e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 1e-5, "atol": 2e-5}}
 """Tolerances of sums over rows, which compiled code keeps in fp32 whatever the type."""
-
-
-@pytest.fixture(params=["compiled", "torch"])
-def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run the test by compiled code, then without."""
-    if request.param == "torch":
-        with native.switched_off():
-            yield request.param
-    elif native.parallel_library() is None:
-        pytest.skip("nothing was compiled for this processor")
-    else:
-        yield request.param
 
 
 @pytest.fixture

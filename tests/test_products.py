@@ -115,6 +115,7 @@ def test_a_processor_says_who_made_it_and_whether_it_is_fast_in_bf16(
 
 
 def test_bf16_is_multiplied_in_fp32_where_a_processor_is_slow_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
     rows, weight = torch.randn(50, 40).bfloat16(), torch.randn(30, 40).bfloat16()
     exact = rows.double() @ weight.double().t()
     for fast, error in ((True, 1e-2), (False, 1e-6)):
@@ -123,7 +124,8 @@ def test_bf16_is_multiplied_in_fp32_where_a_processor_is_slow_in_it(monkeypatch:
             out = products.linear(rows, weight)
             product = products.product_of_rows(rows.t(), weight.t())
         assert out.dtype == torch.bfloat16
-        assert torch.equal(out, exact.bfloat16()) or fast  # rounded once
+        # Rounded once, but where fp32's own rounding crosses the middle between two values of bf16.
+        assert fast or (out != exact.bfloat16()).double().mean() < 0.005
         assert product.dtype == (torch.bfloat16 if fast else torch.float32)
         assert (product.double() - exact).norm() <= error * exact.norm()
         for few in (2**24, 100):  # a few rows at a time

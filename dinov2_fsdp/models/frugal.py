@@ -130,6 +130,14 @@ def in_weights(weight: Tensor, bias: Tensor, gamma: Tensor | None) -> tuple[Tens
     return (weight, bias) if gamma is None else (weight * gamma[:, None], bias * gamma)
 
 
+def for_parts(
+    parts: int, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, gamma: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return a branch's two linear layers, the second with LayerScale, as so many parts of its rows multiply them."""
+    weight, bias = in_weights(widened(weight2), widened(bias2), gamma)
+    return packed(widened(weight1), parts), widened(bias1), packed(weight, parts), bias
+
+
 def of_layer_scale(
     of_scaled: Tensor, total: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -234,13 +242,8 @@ class _FeedForward(torch.autograd.Function):
     ) -> Tensor:
         ctx.activation, ctx.eps, ctx.onto, ctx.slices = activation, eps, onto, _slices(tokens)
         count = len(ctx.slices)
-        norm, first, bias = (
-            (widened(norm_weight), widened(norm_bias), eps),
-            packed(widened(weight1), count),
-            widened(bias1),
-        )
-        scaled, scaled_bias = in_weights(widened(weight2), widened(bias2), gamma)
-        second = packed(scaled, count)
+        norm = (widened(norm_weight), widened(norm_bias), eps)
+        first, bias, second, scaled_bias = for_parts(count, weight1, bias1, weight2, bias2, gamma)
         whole, kept = whole_for(count, tokens), []
         for some in ctx.slices:
             rows = widened(tokens[some])
@@ -251,7 +254,7 @@ class _FeedForward(torch.autograd.Function):
                 activated, hidden_kept = gelu(hidden, bias if apart else None, tokens.dtype if keep else None)
             else:
                 hidden = linear(normed, first, bias)
-                activated, hidden_kept = activate(hidden, activation), hidden.to(tokens.dtype)
+                activated, hidden_kept = activate(hidden, activation), hidden.to(tokens.dtype) if keep else None
             del normed, hidden
             out = linear_onto(activated, second, scaled_bias, rows if onto else None, rows_of(whole, some))
             del activated

@@ -27,7 +27,7 @@ from dinov2_fsdp.models.fused import (
 )
 from dinov2_fsdp.models.layout import Layout
 from dinov2_fsdp.models.plain_attention import attend_parts, attend_parts_backward
-from dinov2_fsdp.models.products import linear, linear_onto, packed, widened
+from dinov2_fsdp.models.products import linear, linear_onto, widened
 
 _KEPT_EACH = 5
 """Tensors that are kept of a few sequences."""
@@ -90,13 +90,8 @@ class _AttentionBranch(torch.autograd.Function):
     ) -> Tensor:
         ctx.heads, ctx.eps, ctx.onto, ctx.few, ctx.compiled = heads, eps, onto, list(_few_sequences(layout)), []
         count, dim = len(ctx.few), tokens.shape[-1]
-        norm, first, bias = (
-            (widened(norm_weight), widened(norm_bias), eps),
-            packed(widened(weight1), count),
-            widened(bias1),
-        )
-        scaled, scaled_bias = in_weights(widened(weight2), widened(bias2), gamma)
-        second = packed(scaled, count)
+        norm = (widened(norm_weight), widened(norm_bias), eps)
+        first, bias, second, scaled_bias = frugal.for_parts(count, weight1, bias1, weight2, bias2, gamma)
         whole, kept = frugal.whole_for(count, tokens), []
         for rows, sequences in ctx.few:
             some = widened(tokens[rows])
