@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from dinov2_fsdp.models import branches
 from dinov2_fsdp.models.fused import (
     compiled,
     gelu,
@@ -78,6 +79,9 @@ def feed_forward(
         out: Tensor = second(activate(first(norm(tokens)), activation))
         out = out if gamma is None else out * gamma
         return tokens + out if onto else out
+    also = (norm.weight, norm.bias, *([] if gamma is None else [gamma]))
+    if activation == "gelu" and branches.applies(tokens, first, second, also=also):
+        return branches.feed_forward(tokens, norm, first, second, gamma, onto, keeps(first))
     layers = (norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias, gamma)
     out = _FeedForward.apply(tokens, *layers, activation, norm.eps, onto, keeps(first))
     return out

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dinov2_fsdp.models import frugal
+from dinov2_fsdp.models import branches, frugal
 from dinov2_fsdp.models.frugal import OF_NORM_LINEAR, Sums, in_weights, norm_linear_backward, of_layer_scale
 from dinov2_fsdp.models.fused import (
     attention,
@@ -49,8 +49,11 @@ def attention_branch(
         gamma: ``(dim,)`` of LayerScale (arXiv 2103.17239), or None for none.
         onto: add it to the tokens.
     """
+    also, keep = (norm.weight, norm.bias, *([] if gamma is None else [gamma])), frugal.keeps(qkv, proj)
+    if branches.applies(tokens, qkv, proj, also=also):
+        return branches.attention_branch(tokens, layout, heads, norm, qkv, proj, gamma, onto, keep)
     layers = (norm.weight, norm.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, gamma)
-    out: Tensor = _AttentionBranch.apply(tokens, *layers, layout, heads, norm.eps, onto, frugal.keeps(qkv, proj))
+    out: Tensor = _AttentionBranch.apply(tokens, *layers, layout, heads, norm.eps, onto, keep)
     return out
 
 
@@ -100,7 +103,8 @@ class _AttentionBranch(torch.autograd.Function):
             del normed
             ctx.compiled.append(attention_compiled(qkv))
             if ctx.compiled[-1]:
-                attended, weights = attention(qkv, sequences, tokens.dtype if keep else None)
+                attended = qkv.new_empty(len(mean), dim)
+                weights = attention(qkv, sequences, keep, attended)
             else:
                 qkv = split_heads(qkv, sequences, qkv.shape[-1] ** -0.5)
                 found, weights = attend_parts(qkv)
@@ -126,7 +130,9 @@ class _AttentionBranch(torch.autograd.Function):
             sums.add("bias2", sum_rows(of_out))
             of_attended = linear(of_out, scaled.t())
             if ctx.compiled[i]:
-                of_qkv = attention_backward(of_attended, qkv, weights, sequences)
+                of_qkv = attention_backward(
+                    of_attended, widened(qkv), widened(weights), sequences, of_attended.new_empty(qkv.shape)
+                )
             else:
                 of_heads = split_heads(of_attended.unflatten(-1, (1, heads, -1)), sequences)[0]
                 of_qkv = of_attended.new_empty(len(attended), 3, heads, dim // heads)

@@ -158,52 +158,50 @@ def softmax_backward(of_weights: Tensor, weights: Tensor) -> Tensor:
 def attention_compiled(qkv: Tensor) -> bool:
     """Return whether :func:`attention` can be had for tensors like this one: in fp32, with AVX-512."""
     library = _library(qkv, dim=4)
-    return library is not None and library.has_attention and qkv.dtype == torch.float32
+    return library is not None and library.has_branches and qkv.dtype == torch.float32
 
 
-def attention(qkv: Tensor, sequences: int, keep: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    """Return softmax(q·kᵀ/√d)·v for ``(sequences · length, 3, heads, dim)`` in fp32, and the softmax weights.
+def attention(qkv: Tensor, sequences: int, keep: bool, target: Tensor) -> Tensor:
+    """Write softmax(q·kᵀ/√d)·v for ``(sequences · length, 3, heads, dim)`` to ``target``; return the softmax weights.
 
-    The former is ``(sequences · length, heads · dim)``, the latter ``(sequences · heads, length, length)`` in the type
-    ``keep``, fp32 or bf16, and empty if that is None. Ask :func:`attention_compiled` first.
+    The target is ``(sequences · length, heads · dim)``, the weights ``(sequences · heads, length, length)``, or empty
+    unless they are to be kept. All have one type, fp32 or bf16; arithmetic is in fp32. Ask :func:`compiled` first.
     """
-    half = keep == torch.bfloat16
-    out: tuple[Tensor, Tensor] = torch.ops.dinov2_fsdp.attention(qkv, sequences, keep is not None, half)
+    out: Tensor = torch.ops.dinov2_fsdp.attention(qkv, sequences, keep, target)
     return out
 
 
-def attention_backward(grad: Tensor, qkv: Tensor, weights: Tensor, sequences: int) -> Tensor:
-    """Return the gradient in ``qkv``, see :func:`attention`, from that in its result, both in fp32.
-
-    ``qkv`` has the type of the softmax weights, fp32 or bf16.
-    """
+def attention_backward(grad: Tensor, qkv: Tensor, weights: Tensor, sequences: int, target: Tensor) -> Tensor:
+    """Write the gradient in ``qkv``, see :func:`attention`, from that in its result to ``target``; both are in fp32."""
     # A backward pass may be under an autocast that the forward pass was not.
     grad, qkv = grad.to(torch.float32).contiguous(), qkv.to(weights.dtype).contiguous()
-    out: Tensor = torch.ops.dinov2_fsdp.attention_backward(grad, qkv, weights, sequences)
-    return out
+    torch.ops.dinov2_fsdp.attention_backward(grad, qkv, weights, sequences, target)
+    return target
 
 
-def _attention(qkv: Tensor, sequences: int, keep: bool, half: bool) -> tuple[Tensor, Tensor]:
+def _attention(qkv: Tensor, sequences: int, keep: bool, target: Tensor) -> Tensor:
     rows, _, heads, dim = qkv.shape
-    length, dtype = rows // sequences, torch.bfloat16 if half else torch.float32
-    out = qkv.new_empty(rows, heads * dim)
-    weights = qkv.new_empty(sequences * heads if keep else 0, length, length, dtype=dtype)
+    if not qkv.is_contiguous() or not target.is_contiguous() or target.dtype != qkv.dtype:
+        raise TypeError(f"no attention from {qkv.dtype} to {target.dtype}, both one after the other in memory")
+    length = rows // sequences
+    weights = qkv.new_empty(sequences * heads if keep else 0, length, length)
     shape = (sequences, length, heads, dim, dim**-0.5)
-    _loaded().attention(int(half), qkv.data_ptr(), *shape, weights.data_ptr() if keep else None, out.data_ptr())
-    return out, weights
+    kept = weights.data_ptr() if keep else None
+    loaded().attention(_half(qkv), qkv.data_ptr(), *shape, kept, target.data_ptr())
+    return weights
 
 
-def _attention_backward(grad: Tensor, qkv: Tensor, weights: Tensor, sequences: int) -> Tensor:
+def _attention_backward(grad: Tensor, qkv: Tensor, weights: Tensor, sequences: int, target: Tensor) -> None:
     rows, _, heads, dim = qkv.shape
-    if grad.dtype != torch.float32 or qkv.dtype != weights.dtype:
+    if not grad.dtype == target.dtype == torch.float32 or qkv.dtype != weights.dtype:
         raise TypeError(f"no attention for a gradient in {grad.dtype} of {qkv.dtype} and {weights.dtype}")
-    out, shape = grad.new_empty(qkv.shape), (sequences, rows // sequences, heads, dim, dim**-0.5)
+    shape = (sequences, rows // sequences, heads, dim, dim**-0.5)
     pointers = (grad.data_ptr(), qkv.data_ptr(), weights.data_ptr())
-    _loaded().attention_backward(_half(weights), *pointers, *shape, out.data_ptr())
-    return out
+    loaded().attention_backward(_half(weights), *pointers, *shape, target.data_ptr())
 
 
-def _loaded() -> Library:
+def loaded() -> Library:
+    """Return the compiled code, where it is known that there is some."""
     library = parallel_library()
     if library is None:
         raise RuntimeError("nothing was compiled for this processor")
@@ -212,8 +210,10 @@ def _loaded() -> Library:
 
 # Operations of torch's, for whatever looks at them: what they multiply is counted.
 _operations = torch.library.Library("dinov2_fsdp", "DEF")
-_operations.define("attention(Tensor qkv, int sequences, bool keep, bool half) -> (Tensor, Tensor)")
-_operations.define("attention_backward(Tensor grad, Tensor qkv, Tensor weights, int sequences) -> Tensor")
+_operations.define("attention(Tensor qkv, int sequences, bool keep, Tensor(a!) target) -> Tensor")
+_operations.define(
+    "attention_backward(Tensor grad, Tensor qkv, Tensor weights, int sequences, Tensor(a!) target) -> ()"
+)
 _operations.impl("attention", _attention, "CPU")
 _operations.impl("attention_backward", _attention_backward, "CPU")
 

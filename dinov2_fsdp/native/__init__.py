@@ -21,8 +21,8 @@ import torch
 
 SWITCH = "DINOV2_FSDP_NATIVE"
 
-VARIANTS = {"AVX512": "_avx512", "AVX2": "_avx2"}
-"""The module that setup.py builds for what torch says that the processor can."""
+VARIANTS = {"AVX512": ("_avx512_bf16", "_avx512"), "AVX2": ("_avx2",)}
+"""The modules that setup.py builds for what torch says that the processor can, the best first."""
 
 _INT, _INDEX, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -44,6 +44,18 @@ _ARGUMENTS = {
 _WITH_AVX512 = {
     "attention": (_INT, _POINTER, *[_INDEX] * 4, _FLOAT, _POINTER, _POINTER),
     "attention_backward": (_INT, _POINTER, _POINTER, _POINTER, *[_INDEX] * 4, _FLOAT, _POINTER),
+    "norm_linear": (_INT, _POINTER, *[_INDEX] * 2, *[_POINTER] * 2, _FLOAT, *[_POINTER] * 2, _INDEX, *[_POINTER] * 3),
+    "norm_linear_backward": (_INT, *[_POINTER] * 2, *[_INDEX] * 3, *[_POINTER] * 11),
+    "scaled_linear": (_INT, _POINTER, *[_INDEX] * 2, *[_POINTER] * 3, _INDEX, *[_POINTER] * 2),
+    "scaled_linear_backward": (_INT, *[_POINTER] * 2, *[_INDEX] * 2, *[_POINTER] * 3, _INDEX, *[_POINTER] * 4),
+    "feed_forward": (
+        *(_INT, _POINTER, *[_INDEX] * 3, *[_POINTER] * 2, _FLOAT, *[_POINTER] * 5, _INT),
+        *[_POINTER] * 4,
+    ),
+    "feed_forward_backward": (
+        *(_INT, *[_POINTER] * 2, *[_INDEX] * 3, *[_POINTER] * 6, _INT, *[_POINTER] * 3),
+        *[_POINTER] * 8,
+    ),
 }
 
 _log = logging.getLogger(__name__)
@@ -59,8 +71,9 @@ class Library:
         self._loaded.dinov2_source.restype = ctypes.c_char_p
         if self._loaded.dinov2_source() != source():
             raise OSError(f"{path} was built from other code")
-        self.has_attention = bool(self._loaded.dinov2_has_attention())
-        self._arguments = {**_ARGUMENTS, **(_WITH_AVX512 if self.has_attention else {})}
+        self.has_branches = bool(self._loaded.dinov2_has_branches())
+        self.multiplies_bf16 = bool(self._loaded.dinov2_multiplies_bf16())
+        self._arguments = {**_ARGUMENTS, **(_WITH_AVX512 if self.has_branches else {})}
         for name in self._arguments:
             getattr(self, name)
         self._loaded.dinov2_widest_row.restype = _INDEX
@@ -122,17 +135,17 @@ def switched_off() -> Iterator[None]:
 
 @functools.cache
 def _load() -> Library | None:
-    name = VARIANTS.get(torch.backends.cpu.get_cpu_capability())
-    if name is None or os.environ.get(SWITCH, "").lower() in ("0", "off", "no", "false"):
+    if os.environ.get(SWITCH, "").lower() in ("0", "off", "no", "false"):
         return None
-    path = Path(__file__).with_name(f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}")
-    if not path.exists():
-        return None
-    try:
-        return Library(path)
-    except (OSError, AttributeError) as error:  # of another system, or of other code than lies here
-        _log.warning("compiled code is left alone, install this project again or delete %s: %s", path, error)
-        return None
+    for name in VARIANTS.get(torch.backends.cpu.get_cpu_capability(), ()):
+        path = Path(__file__).with_name(f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}")
+        if not path.exists() or (name == "_avx512_bf16" and not torch.cpu._is_avx512_bf16_supported()):
+            continue
+        try:
+            return Library(path)
+        except (OSError, AttributeError) as error:  # of another system, or of other code than lies here
+            _log.warning("compiled code is left alone, install this project again or delete %s: %s", path, error)
+    return None
 
 
 @functools.cache

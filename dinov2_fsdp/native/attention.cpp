@@ -8,9 +8,6 @@
 
 #ifdef __AVX512F__
 
-#include <cstdlib>
-#include <new>
-
 namespace {
 
 constexpr Index kPanel = 32;  // columns: two vectors
@@ -18,22 +15,6 @@ constexpr Index kRows = 12;   // of a tile, whose 24 sums and two columns fill 2
 constexpr Index kQueries = 48;  // at a time, forward
 
 inline Index padded(Index columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
-
-// Memory that begins where a cache line does.
-class Scratch {
- public:
-  explicit Scratch(Index count) : values_(static_cast<float*>(std::aligned_alloc(64, bytes(count)))) {
-    if (!values_) throw std::bad_alloc();
-  }
-  float* get() const { return values_.get(); }
-
- private:
-  static std::size_t bytes(Index count) { return (static_cast<std::size_t>(count) * sizeof(float) + 63) / 64 * 64; }
-  struct Free {
-    void operator()(float* values) const { std::free(values); }
-  };
-  std::unique_ptr<float, Free> values_;
-};
 
 // depth × columns → panels of 32 columns, each with all rows one after the other; zeros stand beyond the last column.
 template <typename T>
@@ -140,20 +121,25 @@ struct Heads {
 
 // The softmax weights are written only if there is a place for them.
 template <typename Kept>
-void attention(const float* qkv, Heads at, float factor, Kept* weights, float* out) {
+void attention(const Kept* qkv, Heads at, float factor, Kept* weights, Kept* out) {
   const Index length = at.length, dim = at.dim, row = 3 * at.stride(), count = at.sequences * at.heads;
   const Index wide = padded(length), vectors = (length + 15) / 16 * 16;
 #pragma omp parallel
   {
-    const Scratch keys(dim * wide), values(length * padded(dim)), cached(kQueries * wide);
+    constexpr bool kWidens = !std::is_same_v<Kept, float>;
+    const Scratch<float> keys(dim * wide), values(length * padded(dim)), cached(kQueries * wide);
+    const Scratch<float> widened(kWidens ? length * dim : 1), found(kWidens ? kQueries * dim : 1);
 #pragma omp for schedule(static)
     for (Index i = 0; i < count; ++i) {
-      const float* query = qkv + at.of(i, 3);
-      pack_transposed(query + at.stride(), row, dim, length, keys.get());
-      pack(query + 2 * at.stride(), row, length, dim, values.get());
+      const Kept* first = qkv + at.of(i, 3);
+      Index k_row = row, q_row = row;
+      const float* key = read(first + at.stride(), k_row, length, dim, widened.get());
+      pack_transposed(key, k_row, dim, length, keys.get());
+      pack(first + 2 * at.stride(), row, length, dim, values.get());
+      const float* query = read(first, q_row, length, dim, widened.get());
       for (Index start = 0; start < length; start += kQueries) {
         const Index some = std::min(kQueries, length - start);
-        product(some, length, dim, query + start * row, row, 1, keys.get(), cached.get(), wide);
+        product(some, length, dim, query + start * q_row, q_row, 1, keys.get(), cached.get(), wide);
         for (Index r = 0; r < some; ++r) {
           // Up to a whole vector, whose rest counts for nothing: exp of a single value takes as long as of sixteen.
           float* __restrict scores = cached.get() + r * wide;
@@ -183,8 +169,14 @@ void attention(const float* qkv, Heads at, float factor, Kept* weights, float* o
             for (Index c = 0; c < length; ++c) scores[c] *= scale;
           }
         }
-        product(some, dim, length, cached.get(), wide, 1, values.get(), out + at.of(i, 1) + start * at.stride(),
-                at.stride());
+        Kept* target = out + at.of(i, 1) + start * at.stride();
+        if constexpr (kWidens) {
+          product(some, dim, length, cached.get(), wide, 1, values.get(), found.get(), dim);
+          for (Index r = 0; r < some; ++r)
+            for (Index c = 0; c < dim; ++c) target[r * at.stride() + c] = narrow<Kept>(found.get()[r * dim + c]);
+        } else {
+          product(some, dim, length, cached.get(), wide, 1, values.get(), target, at.stride());
+        }
       }
     }
   }
@@ -198,8 +190,8 @@ void attention_backward(const float* gradient, const Kept* qkv, const Kept* weig
 #pragma omp parallel
   {
     constexpr bool kWidens = !std::is_same_v<Kept, float>;
-    const Scratch panels(std::max(dim * wide, length * padded(dim))), scores(length * wide);
-    const Scratch widened(kWidens ? length * std::max(length, dim) : 1);
+    const Scratch<float> panels(std::max(dim * wide, length * padded(dim))), scores(length * wide);
+    const Scratch<float> widened(kWidens ? length * std::max(length, dim) : 1);
 #pragma omp for schedule(static)
     for (Index i = 0; i < count; ++i) {
       const Kept* query = qkv + at.of(i, 3);
@@ -231,13 +223,13 @@ void attention_backward(const float* gradient, const Kept* qkv, const Kept* weig
 
 }  // namespace
 
-// `half` says that what is kept, or was, holds bfloat16: the softmax weights and, backward, queries, keys and values.
-EXPORT void dinov2_attention(int half, const float* qkv, Index sequences, Index length, Index heads, Index dim,
-                             float factor, void* weights, float* out) {
+EXPORT void dinov2_attention(int half, const void* qkv, Index sequences, Index length, Index heads, Index dim,
+                             float factor, void* weights, void* out) {
   const Heads at = {sequences, length, heads, dim};
-  CALL(attention, qkv, at, factor, OUT(weights), out)
+  CALL(attention, IN(qkv), at, factor, OUT(weights), OUT(out))
 }
 
+// `half` says it of what was kept: queries, keys and values, and the softmax weights.
 EXPORT void dinov2_attention_backward(int half, const float* gradient, const void* qkv, const void* weights,
                                       Index sequences, Index length, Index heads, Index dim, float factor,
                                       float* of_qkv) {
@@ -246,12 +238,3 @@ EXPORT void dinov2_attention_backward(int half, const float* gradient, const voi
 }
 
 #endif
-
-// Whether there is attention: it needs AVX-512.
-EXPORT int dinov2_has_attention() {
-#ifdef __AVX512F__
-  return 1;
-#else
-  return 0;
-#endif
-}

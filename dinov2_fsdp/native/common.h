@@ -9,8 +9,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <type_traits>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -81,6 +83,47 @@ inline float exp_below_zero(float x) {
   const std::uint32_t exponent = (float_to_bits(shifted) - 0x4b400000u + 127u) << 23;
   return x < -87.0f ? 0.0f : p * bits_to_float(exponent);
 }
+
+struct Normal {
+  float density;
+  float cumulative;
+};
+
+// The standard normal distribution at x. The tail is density · Mills' ratio; that is a polynomial in 1 / (1 + c |x|),
+// fitted to a relative error of 5e-8 for |x| up to 13.3, where the density leaves single precision.
+inline Normal normal(float x) {
+  const float a = std::fabs(x);
+  const float density = 0.39894228f * exp_below_zero(-0.5f * a * a);
+  const float t = 1.0f / (1.0f + 0.23f * a);
+  float ratio = -0.19654573286842508f;
+  ratio = ratio * t + 0.7272329506313892f;
+  ratio = ratio * t - 0.6955793542442273f;
+  ratio = ratio * t + 0.7537628156700368f;
+  ratio = ratio * t - 0.08110354226298438f;
+  ratio = ratio * t + 0.2989272918090708f;
+  ratio = ratio * t + 0.21515693784036746f;
+  ratio = ratio * t + 0.2315304705254989f;
+  ratio = ratio * t - 6.775901859022349e-05f;
+  const float tail = density * ratio;
+  return {density, x > 0.0f ? 1.0f - tail : tail};
+}
+
+// Memory that begins where a cache line does.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(Index count) : values_(static_cast<T*>(std::aligned_alloc(64, bytes(count)))) {
+    if (!values_) throw std::bad_alloc();
+  }
+  T* get() const { return values_.get(); }
+
+ private:
+  static std::size_t bytes(Index count) { return (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64; }
+  struct Free {
+    void operator()(T* values) const { std::free(values); }
+  };
+  std::unique_ptr<T, Free> values_;
+};
 
 // 8 rows of 8 values, their sides exchanged.
 inline void transpose_8x8(const float* in, Index in_stride, float* out, Index out_stride) {

@@ -11,30 +11,6 @@ namespace {
 constexpr Index kBlock = 32;     // rows whose sums are added up in single precision before they meet others in double
 constexpr Index kWidest = 4096;  // values of a row that a function may keep beside it; longer rows are refused
 
-struct Normal {
-  float density;
-  float cumulative;
-};
-
-// The standard normal distribution at x. The tail is density · Mills' ratio; that is a polynomial in 1 / (1 + c |x|),
-// fitted to a relative error of 5e-8 for |x| up to 13.3, where the density leaves single precision.
-inline Normal normal(float x) {
-  const float a = std::fabs(x);
-  const float density = 0.39894228f * exp_below_zero(-0.5f * a * a);
-  const float t = 1.0f / (1.0f + 0.23f * a);
-  float ratio = -0.19654573286842508f;
-  ratio = ratio * t + 0.7272329506313892f;
-  ratio = ratio * t - 0.6955793542442273f;
-  ratio = ratio * t + 0.7537628156700368f;
-  ratio = ratio * t - 0.08110354226298438f;
-  ratio = ratio * t + 0.2989272918090708f;
-  ratio = ratio * t + 0.21515693784036746f;
-  ratio = ratio * t + 0.2315304705254989f;
-  ratio = ratio * t - 6.775901859022349e-05f;
-  const float tail = density * ratio;
-  return {density, x > 0.0f ? 1.0f - tail : tail};
-}
-
 // totals[column] = Σ over rows of what `add(row, sums)` adds to the sums of a block, in single precision; the blocks meet
 // in order and in double precision.
 template <typename Add>

@@ -1,0 +1,358 @@
+"""Whole branches of a block by compiled code, for a CPU with AVX-512: nothing is left between their matrix products.
+
+Each thread takes a few rows through a whole branch (:mod:`dinov2_fsdp.native`, ``branch.cpp``), so that neither Python
+nor memory nor the other threads are waited for between norm, products, activation and residual. The same mathematics as
+:mod:`dinov2_fsdp.models.frugal` and :mod:`dinov2_fsdp.models.frugal_attention`, which run elsewhere, and with which tests
+compare it. Sums over rows go from the first row to the last: results do not depend on the number of threads.
+
+Tensors are fp32 or bf16. bf16 is multiplied by instructions for it where those are the faster ones; as fp32 where they are
+not (:func:`dinov2_fsdp.models.products.widens`); sums, norms and activations are in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from dinov2_fsdp.models import products
+from dinov2_fsdp.models.fused import attention, attention_backward, compiled, loaded
+from dinov2_fsdp.models.layout import Layout
+
+COLUMNS = 32
+"""Matrices are multiplied by so many columns at a time: they have a multiple of it."""
+
+_BY_FP32, _WIDENED, _BY_BF16 = 0, 1, 2
+"""How branch.cpp multiplies: fp32; bf16 as fp32; bf16."""
+
+
+def applies(tokens: Tensor, *layers: nn.Linear, also: tuple[Tensor, ...] = ()) -> bool:
+    """Return whether a branch with these linear layers, which have biases, can be had for ``(rows, dim)`` here.
+
+    ``also``: the other parameters. Whether their types agree and what is trained is asked elsewhere
+    (:func:`dinov2_fsdp.models.frugal.applies`).
+    """
+    weights = [layer.weight for layer in layers]
+    if any(layer.bias is None for layer in layers) or any(size % COLUMNS for w in weights for size in w.shape):
+        return False
+    # In the tokens' type, plain, one after the other in memory.
+    small = (*also, *(layer.bias for layer in layers))
+    if tokens.dim() != 2 or not compiled(tokens, *(w for w in weights)) or not compiled(tokens, *small):
+        return False
+    return loaded().has_branches and _how(tokens) is not None
+
+
+def _how(tokens: Tensor) -> int | None:
+    """Return how these are multiplied; None where libraries have instructions that compiled code does not use."""
+    if tokens.dtype == torch.float32:
+        return _BY_FP32
+    if products.widens(tokens):
+        return _WIDENED
+    return _BY_BF16 if loaded().multiplies_bf16 and products.processor_maker() != "GenuineIntel" else None
+
+
+def feed_forward(
+    tokens: Tensor,
+    norm: nn.LayerNorm,
+    first: nn.Linear,
+    second: nn.Linear,
+    gamma: Tensor | None,
+    onto: bool,
+    keep: bool,
+) -> Tensor:
+    """Return ``second(GELU(first(norm(tokens)))) · gamma`` for ``(rows, dim)``, see :func:`frugal.feed_forward`.
+
+    ``keep``: a backward pass may follow, and finds what it needs.
+    """
+    layers = (norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias, gamma)
+    out: Tensor = _FeedForward.apply(tokens, *layers, norm.eps, onto, keep)
+    return out
+
+
+def attention_branch(
+    tokens: Tensor,
+    layout: Layout,
+    heads: int,
+    norm: nn.LayerNorm,
+    qkv: nn.Linear,
+    proj: nn.Linear,
+    gamma: Tensor | None,
+    onto: bool,
+    keep: bool,
+) -> Tensor:
+    """Return ``proj(attention(qkv(norm(tokens)))) · gamma`` for packed ``(tokens, dim)``, likewise."""
+    layers = (norm.weight, norm.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, gamma)
+    out: Tensor = _AttentionBranch.apply(tokens, *layers, layout, heads, norm.eps, onto, keep)
+    return out
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+        gamma: Tensor | None,
+        eps: float,
+        onto: bool,
+        keep: bool,
+    ) -> Tensor:
+        ctx.onto = onto
+        parameters = (norm_weight, norm_bias, weight1, bias1, weight2, bias2, gamma)
+        out, *kept = torch.ops.dinov2_fsdp.feed_forward(tokens, *parameters, eps, onto, keep)
+        ctx.save_for_backward(tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found = torch.ops.dinov2_fsdp.feed_forward_backward(grad.contiguous(), *ctx.saved_tensors, ctx.onto)
+        return *(part if part.numel() else None for part in found), None, None, None
+
+
+class _AttentionBranch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+        gamma: Tensor | None,
+        layout: Layout,
+        heads: int,
+        eps: float,
+        onto: bool,
+        keep: bool,
+    ) -> Tensor:
+        ctx.spans, ctx.heads, ctx.onto = list(layout.spans()), heads, onto
+        qkv, mean, scale = torch.ops.dinov2_fsdp.norm_linear(tokens, norm_weight, norm_bias, weight1, bias1, eps)
+        qkv, attended = qkv.unflatten(-1, (3, heads, -1)), torch.empty_like(tokens)
+        weights = [
+            attention(qkv[start:end], sequences, keep, attended[start:end]) for start, end, sequences, _ in ctx.spans
+        ]
+        out: Tensor = torch.ops.dinov2_fsdp.scaled_linear(attended, weight2, bias2, gamma, tokens if onto else None)
+        kept = (qkv, attended, mean, scale, *weights) if keep else ()
+        ctx.save_for_backward(tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept = ctx.saved_tensors
+        qkv, attended, mean, scale, *weights = kept
+        grad = grad.contiguous()
+        of_attended, *of_second = torch.ops.dinov2_fsdp.scaled_linear_backward(grad, attended, weight2, bias2, gamma)
+        of_qkv = torch.empty_like(qkv, dtype=torch.float32)
+        for (start, end, sequences, _), some in zip(ctx.spans, weights, strict=True):
+            attention_backward(of_attended[start:end], qkv[start:end], some, sequences, of_qkv[start:end])
+        del of_attended
+        of_first = torch.ops.dinov2_fsdp.norm_linear_backward(
+            of_qkv.flatten(1), tokens, norm_weight, norm_bias, weight1, mean, scale, grad if ctx.onto else None
+        )
+        found = (*of_first, *of_second)
+        return *(part if part.numel() else None for part in found), None, None, None, None, None
+
+
+# Operations of torch's, for whatever looks at them: what they multiply is counted.
+
+
+def _feed_forward(
+    tokens: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    gamma: Tensor | None,
+    eps: float,
+    onto: bool,
+    keep: bool,
+) -> list[Tensor]:
+    (rows, dim), width = tokens.shape, len(weight1)
+    out, (mean, scale) = torch.empty_like(tokens), torch.empty(2, rows)
+    kept = tokens.new_empty((rows if keep else 0, width))
+    small = [_wide(part) for part in (norm_weight, norm_bias, bias1, bias2, gamma)]
+    norm, (of_first, of_second, factor) = [part.data_ptr() for part in small[:2]], [_at(part) for part in small[2:]]
+    loaded().feed_forward(
+        *(_how(tokens), tokens.data_ptr(), rows, dim, width, *norm, eps, weight1.data_ptr(), of_first),
+        *(weight2.data_ptr(), of_second, factor, int(onto), out.data_ptr(), kept.data_ptr() if keep else None),
+        *(mean.data_ptr(), scale.data_ptr()),
+    )
+    return [out, kept, mean, scale]
+
+
+def _feed_forward_backward(
+    grad: Tensor,
+    tokens: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    gamma: Tensor | None,
+    kept: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    onto: bool,
+) -> list[Tensor]:
+    grad, (rows, dim), width = _like(grad, tokens), tokens.shape, len(weight1)
+    of_tokens, of_weight1, of_weight2 = torch.empty_like(tokens), torch.empty_like(weight1), torch.empty_like(weight2)
+    of_norm_weight, of_norm_bias, of_bias2, of_gamma = torch.empty(4, dim)
+    of_bias1 = torch.empty(width)
+    small = [_wide(part) for part in (norm_weight, norm_bias, bias2, gamma)]
+    loaded().feed_forward_backward(
+        *(_how(tokens), grad.data_ptr(), tokens.data_ptr(), rows, dim, width, _at(small[0]), _at(small[1])),
+        *(weight1.data_ptr(), weight2.data_ptr(), _at(small[2]), _at(small[3]), int(onto), kept.data_ptr()),
+        *(mean.data_ptr(), scale.data_ptr(), of_tokens.data_ptr(), of_norm_weight.data_ptr()),
+        *(of_norm_bias.data_ptr(), of_weight1.data_ptr(), of_bias1.data_ptr(), of_weight2.data_ptr()),
+        *(of_bias2.data_ptr(), None if gamma is None else of_gamma.data_ptr()),
+    )
+    # In the order of a branch's arguments.
+    found = (of_norm_weight, of_norm_bias, of_weight1, of_bias1, of_weight2, of_bias2)
+    return [of_tokens, *(part.to(tokens.dtype) for part in found), _of_factor(of_gamma, gamma)]
+
+
+def _norm_linear(
+    tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> list[Tensor]:
+    (rows, dim), width = tokens.shape, len(weight)
+    out, (mean, scale) = tokens.new_empty(rows, width), torch.empty(2, rows)
+    small = [_wide(part) for part in (norm_weight, norm_bias, bias)]
+    loaded().norm_linear(
+        *(_how(tokens), tokens.data_ptr(), rows, dim, _at(small[0]), _at(small[1]), eps, weight.data_ptr()),
+        *(_at(small[2]), width, out.data_ptr(), mean.data_ptr(), scale.data_ptr()),
+    )
+    return [out, mean, scale]
+
+
+def _norm_linear_backward(
+    grad: Tensor,
+    tokens: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    onto: Tensor | None,
+) -> list[Tensor]:
+    (rows, dim), width = tokens.shape, len(weight)
+    of_tokens, of_weight, of_bias = torch.empty_like(tokens), torch.empty_like(weight), torch.empty(width)
+    of_norm_weight, of_norm_bias = torch.empty(2, dim)
+    small = [_wide(part) for part in (norm_weight, norm_bias)]
+    onto = None if onto is None else _like(onto, tokens)
+    loaded().norm_linear_backward(
+        *(_how(tokens), grad.data_ptr(), tokens.data_ptr(), rows, dim, width, _at(small[0]), _at(small[1])),
+        *(weight.data_ptr(), mean.data_ptr(), scale.data_ptr(), _at(onto), of_tokens.data_ptr()),
+        *(of_norm_weight.data_ptr(), of_norm_bias.data_ptr(), of_weight.data_ptr(), of_bias.data_ptr()),
+    )
+    found = (of_norm_weight, of_norm_bias, of_weight, of_bias)
+    return [of_tokens, *(part.to(tokens.dtype) for part in found)]
+
+
+def _scaled_linear(rows: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, onto: Tensor | None) -> Tensor:
+    out, small = rows.new_empty(len(rows), len(weight)), [_wide(bias), _wide(gamma)]
+    loaded().scaled_linear(
+        *(_how(rows), rows.data_ptr(), *rows.shape, weight.data_ptr(), _at(small[0]), _at(small[1]), len(weight)),
+        *(_at(onto), out.data_ptr()),
+    )
+    return out
+
+
+def _scaled_linear_backward(
+    grad: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None
+) -> list[Tensor]:
+    grad, dim = _like(grad, rows), len(weight)
+    of_rows, of_weight = torch.empty(rows.shape), torch.empty_like(weight)
+    of_bias, of_gamma = torch.empty(2, dim)
+    small = [_wide(bias), _wide(gamma)]
+    loaded().scaled_linear_backward(
+        *(_how(rows), grad.data_ptr(), rows.data_ptr(), *rows.shape, weight.data_ptr(), _at(small[0]), _at(small[1])),
+        *(dim, of_rows.data_ptr(), of_weight.data_ptr(), of_bias.data_ptr()),
+        None if gamma is None else of_gamma.data_ptr(),
+    )
+    return [of_rows, of_weight, of_bias.to(rows.dtype), _of_factor(of_gamma, gamma)]
+
+
+def _wide(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.float()
+
+
+def _at(part: Tensor | None) -> int | None:
+    return None if part is None else part.data_ptr()
+
+
+def _like(grad: Tensor, tokens: Tensor) -> Tensor:
+    """Return a gradient in the type of what it belongs to: it may come from under an autocast."""
+    return grad.to(tokens.dtype).contiguous()
+
+
+def _of_factor(found: Tensor, gamma: Tensor | None) -> Tensor:
+    """Return the gradient in LayerScale, empty without that."""
+    return torch.empty(0) if gamma is None else found.to(gamma.dtype)
+
+
+_operations = torch.library.Library("dinov2_fsdp", "FRAGMENT")
+_NORM = "Tensor norm_weight, Tensor norm_bias"
+for _schema, _function in {
+    f"feed_forward(Tensor tokens, {_NORM}, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor? gamma, "
+    "float eps, bool onto, bool keep) -> Tensor[]": _feed_forward,
+    f"feed_forward_backward(Tensor grad, Tensor tokens, {_NORM}, Tensor weight1, Tensor weight2, Tensor bias2, "
+    "Tensor? gamma, Tensor kept, Tensor mean, Tensor scale, bool onto) -> Tensor[]": _feed_forward_backward,
+    f"norm_linear(Tensor tokens, {_NORM}, Tensor weight, Tensor bias, float eps) -> Tensor[]": _norm_linear,
+    f"norm_linear_backward(Tensor grad, Tensor tokens, {_NORM}, Tensor weight, Tensor mean, Tensor scale, Tensor? onto)"
+    " -> Tensor[]": _norm_linear_backward,
+    "scaled_linear(Tensor rows, Tensor weight, Tensor bias, Tensor? gamma, Tensor? onto) -> Tensor": _scaled_linear,
+    "scaled_linear_backward(Tensor grad, Tensor rows, Tensor weight, Tensor bias, Tensor? gamma) -> Tensor[]": (
+        _scaled_linear_backward
+    ),
+}.items():
+    _operations.define(_schema)
+    _operations.impl(_schema.partition("(")[0], _function, "CPU")
+
+
+def _flops(rows: tuple[int, ...], weight: tuple[int, ...]) -> int:
+    return 2 * rows[0] * weight[0] * weight[1]
+
+
+# The schemas' arguments, tensors as their shapes. Backward is twice as much.
+@register_flop_formula(torch.ops.dinov2_fsdp.feed_forward)
+def _(tokens: Any, norm_weight: Any, norm_bias: Any, weight1: Any, *_: Any, **__: Any) -> int:
+    return 2 * _flops(tokens, weight1)
+
+
+@register_flop_formula(torch.ops.dinov2_fsdp.feed_forward_backward)
+def _(grad: Any, tokens: Any, norm_weight: Any, norm_bias: Any, weight1: Any, *_: Any, **__: Any) -> int:
+    return 4 * _flops(tokens, weight1)
+
+
+@register_flop_formula(torch.ops.dinov2_fsdp.norm_linear)
+def _(tokens: Any, norm_weight: Any, norm_bias: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return _flops(tokens, weight)
+
+
+@register_flop_formula(torch.ops.dinov2_fsdp.norm_linear_backward)
+def _(grad: Any, tokens: Any, norm_weight: Any, norm_bias: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * _flops(tokens, weight)
+
+
+@register_flop_formula(torch.ops.dinov2_fsdp.scaled_linear)
+def _(rows: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return _flops(rows, weight)
+
+
+@register_flop_formula(torch.ops.dinov2_fsdp.scaled_linear_backward)
+def _(grad: Any, rows: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * _flops(rows, weight)

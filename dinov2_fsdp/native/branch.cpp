@@ -1,0 +1,823 @@
+// Linear layers of a block with what stands around them, a block of rows after the other from end to end.
+//
+// Each thread takes its own rows through norm, product, activation and product, so that what lies between never leaves
+// its cache, nothing waits between the operations, and no thread for another. Libraries' products cannot be joined so;
+// with large matrices these are as fast (docs/performance.md).
+//
+// The right side of every product lies in panels of 32 columns. Matrices are multiplied as C, single precision or
+// bfloat16 (by the processor's own instruction, sums in single precision), and lie in memory as T. Values of bfloat16
+// are multiplied in pairs: two rows of a panel lie interleaved.
+//
+// Every sum over rows goes from the first row to the last, or by blocks of rows that meet in order: results depend
+// neither on threads nor on how many rows are worked on at a time.
+
+#include "common.h"
+
+#ifdef __AVX512F__
+
+#include <omp.h>
+
+namespace {
+
+constexpr Index kPanel = 32;   // columns of a panel: two vectors
+constexpr Index kRows = 12;    // of a tile, whose 24 sums and two columns fill 26 of 32 registers
+constexpr Index kBlock = 48;   // rows that a thread takes from end to end
+constexpr Index kBlocks = 32;  // at a time, before the weights' gradients are multiplied; more with many threads
+
+inline Index groups_of(Index columns) { return (columns + kRows - 1) / kRows; }
+
+// ---- One tile: kCount rows of a · one panel of 32 columns.
+
+// a[row][k] lies at row · a_row + (k / 32) · a_chunk + k % 32.
+template <int kCount>
+inline void tile(const float* a, Index a_row, Index a_chunk, const float* panel, Index depth, float* c) {
+  __m512 sums[kCount][2];
+#pragma GCC unroll 12
+  for (int row = 0; row < kCount; ++row) sums[row][0] = sums[row][1] = _mm512_setzero_ps();
+  for (Index chunk = 0; chunk < depth; chunk += 32, a += a_chunk) {
+    for (Index k = 0; k < 32; ++k, panel += kPanel) {
+      const __m512 left = _mm512_load_ps(panel), right = _mm512_load_ps(panel + 16);
+#pragma GCC unroll 12
+      for (int row = 0; row < kCount; ++row) {
+        const __m512 value = _mm512_set1_ps(a[row * a_row + k]);
+        sums[row][0] = _mm512_fmadd_ps(value, left, sums[row][0]);
+        sums[row][1] = _mm512_fmadd_ps(value, right, sums[row][1]);
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int row = 0; row < kCount; ++row) {
+    _mm512_store_ps(c + row * kPanel, sums[row][0]);
+    _mm512_store_ps(c + row * kPanel + 16, sums[row][1]);
+  }
+}
+
+// c (12 × 32) += one group of 12 columns, transposed, · one panel; depth rows of both.
+inline void add_tile(const float* group, const float* panel, Index depth, float* c) {
+  __m512 sums[kRows][2];
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row) {
+    sums[row][0] = _mm512_load_ps(c + row * kPanel);
+    sums[row][1] = _mm512_load_ps(c + row * kPanel + 16);
+  }
+  for (Index k = 0; k < depth; ++k, group += kRows, panel += kPanel) {
+    const __m512 left = _mm512_load_ps(panel), right = _mm512_load_ps(panel + 16);
+#pragma GCC unroll 12
+    for (int row = 0; row < kRows; ++row) {
+      const __m512 value = _mm512_set1_ps(group[row]);
+      sums[row][0] = _mm512_fmadd_ps(value, left, sums[row][0]);
+      sums[row][1] = _mm512_fmadd_ps(value, right, sums[row][1]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row) {
+    _mm512_store_ps(c + row * kPanel, sums[row][0]);
+    _mm512_store_ps(c + row * kPanel + 16, sums[row][1]);
+  }
+}
+
+#ifdef __AVX512BF16__
+
+inline __m512bh pair_at(const BFloat16* values) {
+  std::int32_t both;
+  std::memcpy(&both, values, sizeof both);
+  return (__m512bh)_mm512_set1_epi32(both);
+}
+
+template <int kCount>
+inline void tile(const BFloat16* a, Index a_row, Index a_chunk, const BFloat16* panel, Index depth, float* c) {
+  __m512 sums[kCount][2];
+#pragma GCC unroll 12
+  for (int row = 0; row < kCount; ++row) sums[row][0] = sums[row][1] = _mm512_setzero_ps();
+  for (Index chunk = 0; chunk < depth; chunk += 32, a += a_chunk) {
+    for (Index k = 0; k < 32; k += 2, panel += 2 * kPanel) {
+      const auto left = (__m512bh)_mm512_load_si512(panel), right = (__m512bh)_mm512_load_si512(panel + 32);
+#pragma GCC unroll 12
+      for (int row = 0; row < kCount; ++row) {
+        const __m512bh value = pair_at(a + row * a_row + k);
+        sums[row][0] = _mm512_dpbf16_ps(sums[row][0], value, left);
+        sums[row][1] = _mm512_dpbf16_ps(sums[row][1], value, right);
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int row = 0; row < kCount; ++row) {
+    _mm512_store_ps(c + row * kPanel, sums[row][0]);
+    _mm512_store_ps(c + row * kPanel + 16, sums[row][1]);
+  }
+}
+
+inline void add_tile(const BFloat16* group, const BFloat16* panel, Index depth, float* c) {
+  __m512 sums[kRows][2];
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row) {
+    sums[row][0] = _mm512_load_ps(c + row * kPanel);
+    sums[row][1] = _mm512_load_ps(c + row * kPanel + 16);
+  }
+  for (Index k = 0; k < depth; k += 2, group += 2 * kRows, panel += 2 * kPanel) {
+    const auto left = (__m512bh)_mm512_load_si512(panel), right = (__m512bh)_mm512_load_si512(panel + 32);
+#pragma GCC unroll 12
+    for (int row = 0; row < kRows; ++row) {
+      const __m512bh value = pair_at(group + 2 * row);
+      sums[row][0] = _mm512_dpbf16_ps(sums[row][0], value, left);
+      sums[row][1] = _mm512_dpbf16_ps(sums[row][1], value, right);
+    }
+  }
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row) {
+    _mm512_store_ps(c + row * kPanel, sums[row][0]);
+    _mm512_store_ps(c + row * kPanel + 16, sums[row][1]);
+  }
+}
+
+#endif
+
+template <int kCount, typename C>
+inline void tiles(Index rows, const C* a, Index a_row, Index a_chunk, const C* panel, Index depth, float* c) {
+  for (; rows >= kCount; rows -= kCount, a += kCount * a_row, c += kCount * kPanel)
+    tile<kCount>(a, a_row, a_chunk, panel, depth, c);
+  if constexpr (kCount > 1) {
+    constexpr int kFewer = kCount > 8 ? 8 : kCount / 2;
+    if (rows) tiles<kFewer>(rows, a, a_row, a_chunk, panel, depth, c);
+  }
+}
+
+// A block of rows · panels; each panel's result, (rows, 32) in single precision, is handed to `take(panel, result)`.
+template <typename C, typename Take>
+inline void product(Index rows, Index columns, Index depth, const C* a, Index a_row, Index a_chunk, const C* panels,
+                    const Take& take) {
+  alignas(64) float found[kBlock * kPanel];
+  for (Index p = 0; p < columns / kPanel; ++p) {
+    tiles<kRows>(rows, a, a_row, a_chunk, panels + p * depth * kPanel, depth, found);
+    take(p, found);
+  }
+}
+
+// ---- Types, and how matrices are laid out.
+
+inline std::uint32_t pair(BFloat16 first, BFloat16 second) {
+  return first.bits | static_cast<std::uint32_t>(second.bits) << 16;
+}
+
+template <typename To, typename From>
+inline void convert(const From* __restrict in, Index count, To* __restrict out) {
+  for (Index i = 0; i < count; ++i) out[i] = narrow<To>(widen(in[i]));
+}
+
+// A matrix as it is multiplied: in its own place where that has the type, else a copy of these rows.
+template <typename C, typename T>
+inline const C* as_multiplied(const T* in, Index count, C* copy) {
+  if constexpr (std::is_same_v<T, C>) {
+    return in;
+  } else {
+    convert(in, count, copy);
+    return copy;
+  }
+}
+
+// Rows of kWidth values, two at a time, to where a row or a pair of rows lies.
+template <Index kWidth, typename From>
+inline void store_rows(const From* in, Index stride, Index rows, float* out) {
+  for (Index row = 0; row < rows; ++row)
+    for (Index i = 0; i < kWidth; ++i) out[row * kWidth + i] = widen(in[row * stride + i]);
+}
+
+template <Index kWidth, typename From>
+inline void store_rows(const From* in, Index stride, Index rows, BFloat16* out) {
+  for (Index row = 0; row < rows; row += 2) {
+    const From* __restrict first = in + row * stride;
+    const From* __restrict second = row + 1 < rows ? first + stride : nullptr;
+    std::uint32_t both[kWidth];
+    if (second) {
+      for (Index i = 0; i < kWidth; ++i)
+        both[i] = pair(narrow<BFloat16>(widen(first[i])), narrow<BFloat16>(widen(second[i])));
+    } else {
+      for (Index i = 0; i < kWidth; ++i) both[i] = narrow<BFloat16>(widen(first[i])).bits;
+    }
+    std::memcpy(out + row * kWidth, both, sizeof both);
+  }
+}
+
+// Rows of a block → (columns / 32, depth, 32): the block's place in panels that have `depth` rows.
+template <typename C, typename From>
+inline void to_panels(const From* in, Index rows, Index columns, Index depth, C* panels) {
+  for (Index p = 0; p < columns / kPanel; ++p)
+    store_rows<kPanel>(in + p * kPanel, columns, rows, panels + p * depth * kPanel);
+}
+
+// Rows of a block → (columns / 12, depth, 12); the last group is filled up with zeros.
+template <typename C, typename From>
+inline void to_groups(const From* in, Index rows, Index columns, Index depth, C* groups) {
+  const Index whole = columns / kRows;
+  for (Index g = 0; g < whole; ++g) store_rows<kRows>(in + g * kRows, columns, rows, groups + g * depth * kRows);
+  if (const Index rest = columns - whole * kRows) {
+    float filled[kBlock * kRows] = {};
+    for (Index row = 0; row < rows; ++row)
+      for (Index i = 0; i < rest; ++i) filled[row * kRows + i] = widen(in[row * columns + whole * kRows + i]);
+    store_rows<kRows>(filled, kRows, rows, groups + whole * depth * kRows);
+  }
+}
+
+// A linear layer's weight, (out, in), as the right side of `rows · weightᵀ`: depth is `in`. Rows times `factor`.
+template <typename C, typename T>
+void pack_forward(const T* weight, Index out, Index in, const float* factor, C* panels) {
+  constexpr Index kPair = sizeof(float) / sizeof(C);  // what is transposed lies in the memory of a float
+#pragma omp for schedule(static)
+  for (Index p = 0; p < out / kPanel; ++p) {
+    const Scratch<C> rows(kPanel * in);
+    for (Index row = 0; row < kPanel; ++row) {
+      const T* __restrict source = weight + (p * kPanel + row) * in;
+      C* __restrict target = rows.get() + row * in;
+      const float scale = factor ? factor[p * kPanel + row] : 1.0f;
+      for (Index i = 0; i < in; ++i) target[i] = narrow<C>(widen(source[i]) * scale);
+    }
+    transpose_part(reinterpret_cast<const float*>(rows.get()), in / kPair, kPanel, in / kPair,
+                   reinterpret_cast<float*>(panels + p * in * kPanel), kPanel);
+  }
+}
+
+// … of `rows · weight`, as in the backward pass: depth is `out`, whose rows are times `factor`.
+template <typename C, typename T>
+void pack_backward(const T* weight, Index out, Index in, const float* factor, C* panels) {
+#pragma omp for schedule(static)
+  for (Index first = 0; first < out; first += kPanel) {
+    const Scratch<float> rows(kPanel * in);
+    for (Index row = 0; row < kPanel; ++row) {
+      const T* __restrict source = weight + (first + row) * in;
+      float* __restrict target = rows.get() + row * in;
+      const float scale = factor ? factor[first + row] : 1.0f;
+      for (Index i = 0; i < in; ++i) target[i] = widen(source[i]) * scale;
+    }
+    to_panels(rows.get(), kPanel, in, out, panels + first * kPanel);
+  }
+}
+
+// ---- Norms of a block of rows, as in layers.cpp.
+
+template <typename T, typename To>
+inline void norm_row(const T* __restrict in, const float* __restrict weight, const float* __restrict bias, Index count,
+                     float mean, float scale, To* __restrict out) {
+  for (Index i = 0; i < count; ++i) out[i] = narrow<To>((widen(in[i]) - mean) * scale * weight[i] + bias[i]);
+}
+
+template <typename T>
+inline void statistics(const T* __restrict in, Index count, float epsilon, float* mean, float* scale) {
+  float sum = 0.0f, squares = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (Index i = 0; i < count; ++i) sum += widen(in[i]);
+  const float centre = sum / static_cast<float>(count);
+#pragma omp simd reduction(+ : squares)
+  for (Index i = 0; i < count; ++i) {
+    const float centred = widen(in[i]) - centre;
+    squares += centred * centred;
+  }
+  *mean = centre;
+  *scale = 1.0f / std::sqrt(squares / static_cast<float>(count) + epsilon);
+}
+
+// out = the gradient in the row, + onto if that is given; adds to the sums for the weight and the bias.
+template <typename T>
+inline void norm_row_backward(const float* __restrict gradient, const T* __restrict in,
+                              const float* __restrict weight, Index count, float mean, float scale,
+                              const T* onto, float* __restrict of_weight, float* __restrict of_bias, T* out) {
+  float sum = 0.0f, product = 0.0f;
+#pragma omp simd reduction(+ : sum, product)
+  for (Index i = 0; i < count; ++i) {
+    const float normed = (widen(in[i]) - mean) * scale, weighted = gradient[i] * weight[i];
+    sum += weighted;
+    product += weighted * normed;
+    of_weight[i] += gradient[i] * normed;
+    of_bias[i] += gradient[i];
+  }
+  sum /= static_cast<float>(count);
+  product /= static_cast<float>(count);
+  const auto of_value = [=](Index i) {
+    return scale * (gradient[i] * weight[i] - sum - (widen(in[i]) - mean) * scale * product);
+  };
+  if (onto) {
+#pragma omp simd
+    for (Index i = 0; i < count; ++i) out[i] = narrow<T>(of_value(i) + widen(onto[i]));
+  } else {
+#pragma omp simd
+    for (Index i = 0; i < count; ++i) out[i] = narrow<T>(of_value(i));
+  }
+}
+
+// ---- Sums over rows.
+
+// What blocks of rows add up each by itself; `columns` sums a block.
+class BlockSums {
+ public:
+  BlockSums(Index blocks, Index columns) : columns_(columns), partial_(blocks * columns), totals_(columns) {
+    std::fill(totals_.get(), totals_.get() + columns, 0.0);
+  }
+  float* of(Index block) const {
+    float* sums = partial_.get() + block * columns_;
+    std::fill(sums, sums + columns_, 0.0f);
+    return sums;
+  }
+  // By all threads, for so many blocks.
+  void meet(Index blocks) const {
+#pragma omp for schedule(static)
+    for (Index start = 0; start < columns_; start += 64) {
+      const Index end = std::min(columns_, start + 64);
+      for (Index block = 0; block < blocks; ++block)
+        for (Index i = start; i < end; ++i) totals_.get()[i] += partial_.get()[block * columns_ + i];
+    }
+  }
+  void read(Index first, Index count, float* out) const {
+    for (Index i = 0; i < count; ++i) out[i] = static_cast<float>(totals_.get()[first + i]);
+  }
+
+ private:
+  Index columns_;
+  Scratch<float> partial_;
+  Scratch<double> totals_;
+};
+
+// The gradient of a weight, (narrow, wide) or its transposed: sums over rows of narrow ⊗ wide.
+template <typename C>
+class OfWeight {
+ public:
+  OfWeight(Index depth, Index narrow, Index wide)
+      : depth_(depth), narrow_(narrow), wide_(wide), groups_(groups_of(narrow) * kRows * depth), panels_(wide * depth),
+        sums_(panel_size() * (wide / kPanel)) {}
+  Index depth() const { return depth_; }
+  // The place of a block's rows.
+  C* groups(Index row) const { return groups_.get() + row * kRows; }
+  C* panels(Index row) const { return panels_.get() + row * kPanel; }
+  // By all threads. `first`: whether nothing was added before.
+  void multiply(Index rows, bool first) const {
+    const Index even = (rows + 1) & ~Index{1};  // pairs; the last of them was filled up
+#pragma omp for schedule(dynamic) nowait
+    for (Index p = 0; p < wide_ / kPanel; ++p) {
+      float* c = sums_.get() + p * panel_size();
+      if (first) std::fill(c, c + panel_size(), 0.0f);
+      for (Index g = 0; g < groups_of(narrow_); ++g)
+        add_tile(groups_.get() + g * depth_ * kRows, panels_.get() + p * depth_ * kPanel,
+                 std::is_same_v<C, float> ? rows : even, c + g * kRows * kPanel);
+    }
+  }
+  // By all threads: (wide, narrow).
+  template <typename T>
+  void read_turned(T* out) const {
+#pragma omp for schedule(static)
+    for (Index p = 0; p < wide_ / kPanel; ++p) {
+      const Scratch<float> turned(kPanel * narrow_);
+      transpose_part(sums_.get() + p * panel_size(), kPanel, narrow_, kPanel, turned.get(), narrow_);
+      convert(turned.get(), kPanel * narrow_, out + p * kPanel * narrow_);
+    }
+  }
+  // By all threads: (narrow, wide), of a weight that was used times `factor`; the factors' gradient, without the bias'.
+  template <typename T>
+  void read(const T* weight, const float* factor, T* out, float* of_factor) const {
+#pragma omp for schedule(static)
+    for (Index row = 0; row < narrow_; ++row) {
+      const float scale = factor ? factor[row] : 1.0f;
+      double total = 0.0;
+      for (Index p = 0; p < wide_ / kPanel; ++p) {
+        const float* __restrict sums = sums_.get() + p * panel_size() + row * kPanel;
+        const T* __restrict by = weight + row * wide_ + p * kPanel;
+        T* __restrict target = out + row * wide_ + p * kPanel;
+        float product = 0.0f;
+#pragma omp simd reduction(+ : product)
+        for (Index i = 0; i < kPanel; ++i) {
+          product += sums[i] * widen(by[i]);
+          target[i] = narrow<T>(sums[i] * scale);
+        }
+        total += product;
+      }
+      if (of_factor) of_factor[row] = static_cast<float>(total);
+    }
+  }
+
+ private:
+  Index panel_size() const { return groups_of(narrow_) * kRows * kPanel; }
+  Index depth_, narrow_, wide_;
+  Scratch<C> groups_, panels_;
+  Scratch<float> sums_;
+};
+
+// Blocks of rows at a time.
+inline Index blocks_at_a_time(Index rows) {
+  const Index threads = omp_get_max_threads();
+  return std::min((rows + kBlock - 1) / kBlock, std::max(kBlocks, 16 * threads));
+}
+
+// ---- The branches.
+
+struct Norm {
+  const float *weight, *bias;
+  float epsilon;
+};
+
+template <typename C, typename T>
+inline void norm_block(const T* tokens, Index rows, Index dim, const Norm& norm, float* means, float* scales, C* out) {
+  for (Index row = 0; row < rows; ++row) {
+    statistics(tokens + row * dim, dim, norm.epsilon, means + row, scales + row);
+    norm_row(tokens + row * dim, norm.weight, norm.bias, dim, means[row], scales[row], out + row * dim);
+  }
+}
+
+// out = linear(norm(tokens))
+template <typename T, typename C>
+void norm_linear(const T* tokens, Index rows, Index dim, Norm norm, const T* weight, const float* bias, Index width,
+                 T* out, float* means, float* scales) {
+  const Scratch<C> panels(dim * width);
+#pragma omp parallel
+  {
+    pack_forward<C>(weight, width, dim, nullptr, panels.get());
+    const Scratch<C> normed(kBlock * dim);
+#pragma omp for schedule(dynamic)
+    for (Index first = 0; first < rows; first += kBlock) {
+      const Index some = std::min(kBlock, rows - first);
+      norm_block(tokens + first * dim, some, dim, norm, means + first, scales + first, normed.get());
+      product(some, width, dim, normed.get(), dim, 32, panels.get(), [&](Index p, const float* found) {
+        const float* __restrict added = bias + p * kPanel;
+        for (Index row = 0; row < some; ++row) {
+          T* __restrict target = out + (first + row) * width + p * kPanel;
+          for (Index i = 0; i < kPanel; ++i) target[i] = narrow<T>(found[row * kPanel + i] + added[i]);
+        }
+      });
+    }
+  }
+}
+
+// One panel's part of a result: + bias · factor + onto.
+template <typename T>
+inline void write_linear(const float* found, Index rows, Index p, const float* bias, const float* factor, Index first,
+                         Index dim, const T* onto, T* out) {
+  float added[kPanel];
+  for (Index i = 0; i < kPanel; ++i)
+    added[i] = factor ? bias[p * kPanel + i] * factor[p * kPanel + i] : bias[p * kPanel + i];
+  for (Index row = 0; row < rows; ++row) {
+    const Index at = (first + row) * dim + p * kPanel;
+    T* __restrict target = out + at;
+    if (onto) {
+      for (Index i = 0; i < kPanel; ++i)
+        target[i] = narrow<T>(found[row * kPanel + i] + added[i] + widen(onto[at + i]));
+    } else {
+      for (Index i = 0; i < kPanel; ++i) target[i] = narrow<T>(found[row * kPanel + i] + added[i]);
+    }
+  }
+}
+
+// out = linear(in) · factor + onto, if there are these
+template <typename T, typename C>
+void scaled_linear(const T* in, Index rows, Index width, const T* weight, const float* bias, const float* factor,
+                   Index dim, const T* onto, T* out) {
+  const Scratch<C> panels(dim * width);
+#pragma omp parallel
+  {
+    pack_forward<C>(weight, dim, width, factor, panels.get());
+    const Scratch<C> copy(std::is_same_v<T, C> ? 1 : kBlock * width);
+#pragma omp for schedule(dynamic)
+    for (Index first = 0; first < rows; first += kBlock) {
+      const Index some = std::min(kBlock, rows - first);
+      const C* left = as_multiplied(in + first * width, some * width, copy.get());
+      product(some, dim, width, left, width, 32, panels.get(), [&](Index p, const float* found) {
+        write_linear(found, some, p, bias, factor, first, dim, onto, out);
+      });
+    }
+  }
+}
+
+// out = linear2(GELU(linear1(norm(tokens)))) · factor, + tokens if `onto`; kept: what linear1 gave, by blocks and panels.
+template <typename T, typename C>
+void feed_forward(const T* tokens, Index rows, Index dim, Index width, Norm norm, const T* weight1, const float* bias1,
+                  const T* weight2, const float* bias2, const float* factor, bool onto, T* out, T* kept, float* means,
+                  float* scales) {
+  const Scratch<C> panels1(dim * width), panels2(dim * width);
+#pragma omp parallel
+  {
+    pack_forward<C>(weight1, width, dim, nullptr, panels1.get());
+    pack_forward<C>(weight2, dim, width, factor, panels2.get());
+    const Scratch<C> normed(kBlock * dim), activated(kBlock * width);
+#pragma omp for schedule(dynamic)
+    for (Index first = 0; first < rows; first += kBlock) {
+      const Index some = std::min(kBlock, rows - first);
+      norm_block(tokens + first * dim, some, dim, norm, means + first, scales + first, normed.get());
+      product(some, width, dim, normed.get(), dim, 32, panels1.get(), [&](Index p, const float* found) {
+        const float* __restrict added = bias1 + p * kPanel;
+        C* __restrict target = activated.get() + p * kBlock * kPanel;
+        T* __restrict hidden = kept ? kept + first * width + p * some * kPanel : nullptr;
+        for (Index row = 0; row < some; ++row) {
+          float x[kPanel];
+          for (Index i = 0; i < kPanel; ++i) x[i] = found[row * kPanel + i] + added[i];
+          if (hidden)
+            for (Index i = 0; i < kPanel; ++i) hidden[row * kPanel + i] = narrow<T>(x[i]);
+#pragma omp simd
+          for (Index i = 0; i < kPanel; ++i) target[row * kPanel + i] = narrow<C>(x[i] * normal(x[i]).cumulative);
+        }
+      });
+      product(some, dim, width, activated.get(), kPanel, kBlock * kPanel, panels2.get(),
+              [&](Index p, const float* found) {
+                write_linear(found, some, p, bias2, factor, first, dim, onto ? tokens : nullptr, out);
+              });
+    }
+  }
+}
+
+// What a backward pass gives of a norm and the linear layer behind it.
+struct OfNormLinear {
+  float *norm_weight, *norm_bias;
+  void* weight;
+  float* bias;
+};
+
+// … and of a linear layer with LayerScale; `factor` is null without that.
+struct OfScaled {
+  void* weight;
+  float *bias, *factor;
+};
+
+inline void finish_scaled(const float* total, const float* bias, const float* factor, Index dim, const OfScaled& of) {
+  for (Index i = 0; i < dim; ++i) {
+    if (factor) of.factor[i] += total[i] * bias[i];
+    of.bias[i] = factor ? total[i] * factor[i] : total[i];
+  }
+}
+
+// The way back through a norm and what is multiplied by a linear layer behind it, for a block of rows: `left` is the
+// gradient in the layer's output.
+template <typename T, typename C>
+struct NormBackward {
+  const T* tokens;
+  Index dim;
+  Norm norm;
+  const float *means, *scales;
+  const T* onto;
+  T* of_tokens;
+  const OfWeight<C>& of_weight;
+
+  void recompute(Index first, Index some, Index at, float* normed) const {
+    for (Index row = first; row < first + some; ++row)
+      norm_row(tokens + row * dim, norm.weight, norm.bias, dim, means[row], scales[row], normed + (row - first) * dim);
+    to_groups(normed, some, dim, of_weight.depth(), of_weight.groups(at));
+  }
+
+  // `sums`: for the norm's weight, then its bias. `of_normed` is overwritten.
+  void finish(Index first, Index some, const C* left, Index left_row, Index left_chunk, const C* panels, Index width,
+              float* of_normed, float* sums) const {
+    product(some, dim, width, left, left_row, left_chunk, panels, [&](Index p, const float* found) {
+      for (Index row = 0; row < some; ++row)
+        std::memcpy(of_normed + row * dim + p * kPanel, found + row * kPanel, kPanel * sizeof(float));
+    });
+    for (Index row = first; row < first + some; ++row)
+      norm_row_backward(of_normed + (row - first) * dim, tokens + row * dim, norm.weight, dim, means[row], scales[row],
+                        onto ? onto + row * dim : nullptr, sums, sums + dim, of_tokens + row * dim);
+  }
+};
+
+template <typename T>
+inline void add_rows(const T* in, Index rows, Index columns, float* __restrict sums) {
+  for (Index row = 0; row < rows; ++row) {
+    const T* __restrict values = in + row * columns;
+    for (Index i = 0; i < columns; ++i) sums[i] += widen(values[i]);
+  }
+}
+
+// The gradients of `feed_forward`.
+template <typename T, typename C>
+void feed_forward_backward(const T* gradient, const T* tokens, Index rows, Index dim, Index width, Norm norm,
+                           const T* weight1, const T* weight2, const float* bias2, const float* factor, bool onto,
+                           const T* kept, const float* means, const float* scales, T* of_tokens, OfNormLinear of_first,
+                           OfScaled of_second) {
+  const Index blocks = blocks_at_a_time(rows), depth = blocks * kBlock;
+  const Scratch<C> panels1(dim * width), panels2(dim * width);
+  const OfWeight<C> weight1_sums(depth, dim, width), weight2_sums(depth, dim, width);
+  const BlockSums sums(blocks, width + 3 * dim);
+  const NormBackward<T, C> back = {tokens, dim, norm, means, scales, onto ? gradient : nullptr, of_tokens,
+                                   weight1_sums};
+#pragma omp parallel
+  {
+    pack_backward(weight1, width, dim, nullptr, panels1.get());
+    pack_backward(weight2, dim, width, factor, panels2.get());
+    // Pairs of rows lie interleaved in panels; where they do not, rows can be multiplied as they lie there.
+    constexpr bool kPairs = !std::is_same_v<C, float>;
+    const Scratch<C> copy(std::is_same_v<T, C> ? 1 : kBlock * dim), by_rows(kPairs ? kBlock * width : 1);
+    const Scratch<float> normed(kBlock * dim);
+    for (Index start = 0; start < rows; start += depth) {
+      const Index count = std::min(depth, rows - start);
+#pragma omp for schedule(dynamic)
+      for (Index at = 0; at < count; at += kBlock) {
+        const Index first = start + at, some = std::min(kBlock, rows - first);
+        const T* of_out = gradient + first * dim;
+        float* of_bias1 = sums.of(at / kBlock);
+        add_rows(of_out, some, dim, of_bias1 + width);
+        to_groups(of_out, some, dim, depth, weight2_sums.groups(at));
+        back.recompute(first, some, at, normed.get());
+        const C* left = as_multiplied(of_out, some * dim, copy.get());
+        product(some, width, dim, left, dim, 32, panels2.get(), [&](Index p, float* found) {
+          const T* __restrict hidden = kept + first * width + p * some * kPanel;
+          float* __restrict bias_sums = of_bias1 + p * kPanel;
+          alignas(64) float activated[kBlock * kPanel];
+          for (Index row = 0; row < some; ++row) {
+#pragma omp simd
+            for (Index i = 0; i < kPanel; ++i) {
+              const float x = widen(hidden[row * kPanel + i]);
+              const Normal here = normal(x);
+              const float g = found[row * kPanel + i] * (here.cumulative + x * here.density);
+              activated[row * kPanel + i] = x * here.cumulative;
+              found[row * kPanel + i] = g;
+              bias_sums[i] += g;
+            }
+          }
+          store_rows<kPanel>(activated, kPanel, some, weight2_sums.panels(at) + p * depth * kPanel);
+          store_rows<kPanel>(found, kPanel, some, weight1_sums.panels(at) + p * depth * kPanel);
+          if constexpr (kPairs) convert(found, some * kPanel, by_rows.get() + p * kBlock * kPanel);
+        });
+        const C* of_hidden = kPairs ? by_rows.get() : weight1_sums.panels(at);
+        back.finish(first, some, of_hidden, kPanel, (kPairs ? kBlock : depth) * kPanel, panels1.get(), width,
+                    normed.get(), of_bias1 + width + dim);
+      }
+      weight2_sums.multiply(count, start == 0);
+      weight1_sums.multiply(count, start == 0);
+      sums.meet((count + kBlock - 1) / kBlock);
+    }
+    weight1_sums.read_turned(static_cast<T*>(of_first.weight));
+    weight2_sums.read(weight2, factor, static_cast<T*>(of_second.weight), of_second.factor);
+  }
+  const Scratch<float> total(dim);
+  sums.read(0, width, of_first.bias);
+  sums.read(width, dim, total.get());
+  sums.read(width + dim, dim, of_first.norm_weight);
+  sums.read(width + 2 * dim, dim, of_first.norm_bias);
+  finish_scaled(total.get(), bias2, factor, dim, of_second);
+}
+
+// The gradients of `norm_linear`, + `onto` if that is given.
+template <typename T, typename C>
+void norm_linear_backward(const float* gradient, const T* tokens, Index rows, Index dim, Index width, Norm norm,
+                          const T* weight, const float* means, const float* scales, const T* onto, T* of_tokens,
+                          OfNormLinear of) {
+  const Index blocks = blocks_at_a_time(rows), depth = blocks * kBlock;
+  const Scratch<C> panels(dim * width);
+  const OfWeight<C> weight_sums(depth, dim, width);
+  const BlockSums sums(blocks, width + 2 * dim);
+  const NormBackward<T, C> back = {tokens, dim, norm, means, scales, onto, of_tokens, weight_sums};
+#pragma omp parallel
+  {
+    pack_backward(weight, width, dim, nullptr, panels.get());
+    const Scratch<C> copy(std::is_same_v<float, C> ? 1 : kBlock * width);
+    const Scratch<float> normed(kBlock * dim);
+    for (Index start = 0; start < rows; start += depth) {
+      const Index count = std::min(depth, rows - start);
+#pragma omp for schedule(dynamic)
+      for (Index at = 0; at < count; at += kBlock) {
+        const Index first = start + at, some = std::min(kBlock, rows - first);
+        const float* of_out = gradient + first * width;
+        float* of_bias = sums.of(at / kBlock);
+        add_rows(of_out, some, width, of_bias);
+        to_panels(of_out, some, width, depth, weight_sums.panels(at));
+        back.recompute(first, some, at, normed.get());
+        const C* left = as_multiplied(of_out, some * width, copy.get());
+        back.finish(first, some, left, width, 32, panels.get(), width, normed.get(), of_bias + width);
+      }
+      weight_sums.multiply(count, start == 0);
+      sums.meet((count + kBlock - 1) / kBlock);
+    }
+    weight_sums.read_turned(static_cast<T*>(of.weight));
+  }
+  sums.read(0, width, of.bias);
+  sums.read(width, dim, of.norm_weight);
+  sums.read(width + dim, dim, of.norm_bias);
+}
+
+// The gradients of `scaled_linear`; that in its input in single precision.
+template <typename T, typename C>
+void scaled_linear_backward(const T* gradient, const T* in, Index rows, Index width, const T* weight,
+                            const float* bias, const float* factor, Index dim, float* of_in, OfScaled of) {
+  const Index blocks = blocks_at_a_time(rows), depth = blocks * kBlock;
+  const Scratch<C> panels(dim * width);
+  const OfWeight<C> weight_sums(depth, dim, width);
+  const BlockSums sums(blocks, dim);
+#pragma omp parallel
+  {
+    pack_backward(weight, dim, width, factor, panels.get());
+    const Scratch<C> copy(std::is_same_v<T, C> ? 1 : kBlock * dim);
+    for (Index start = 0; start < rows; start += depth) {
+      const Index count = std::min(depth, rows - start);
+#pragma omp for schedule(dynamic)
+      for (Index at = 0; at < count; at += kBlock) {
+        const Index first = start + at, some = std::min(kBlock, rows - first);
+        const T* of_out = gradient + first * dim;
+        add_rows(of_out, some, dim, sums.of(at / kBlock));
+        to_groups(of_out, some, dim, depth, weight_sums.groups(at));
+        to_panels(in + first * width, some, width, depth, weight_sums.panels(at));
+        const C* left = as_multiplied(of_out, some * dim, copy.get());
+        product(some, width, dim, left, dim, 32, panels.get(), [&](Index p, const float* found) {
+          for (Index row = 0; row < some; ++row)
+            std::memcpy(of_in + (first + row) * width + p * kPanel, found + row * kPanel, kPanel * sizeof(float));
+        });
+      }
+      weight_sums.multiply(count, start == 0);
+      sums.meet((count + kBlock - 1) / kBlock);
+    }
+    weight_sums.read(weight, factor, static_cast<T*>(of.weight), of.factor);
+  }
+  const Scratch<float> total(dim);
+  sums.read(0, dim, total.get());
+  finish_scaled(total.get(), bias, factor, dim, of);
+}
+
+}  // namespace
+
+// How tensors lie in memory and are multiplied: 0 in single precision, 1 in bfloat16 and in single precision, 2 in
+// bfloat16, with dinov2_multiplies_bf16 alone.
+#ifdef __AVX512BF16__
+#define BRANCH(function, ...)                 \
+  if (how == 2) {                             \
+    using T = BFloat16;                       \
+    function<T, BFloat16>(__VA_ARGS__);       \
+  } else if (how == 1) {                      \
+    using T = BFloat16;                       \
+    function<T, float>(__VA_ARGS__);          \
+  } else {                                    \
+    using T = float;                          \
+    function<T, float>(__VA_ARGS__);          \
+  }
+#else
+#define BRANCH(function, ...)                 \
+  if (how) {                                  \
+    using T = BFloat16;                       \
+    function<T, float>(__VA_ARGS__);          \
+  } else {                                    \
+    using T = float;                          \
+    function<T, float>(__VA_ARGS__);          \
+  }
+#endif
+
+// `how` says it of tensors; biases, factors, norms' parameters, statistics and their gradients are in single precision.
+EXPORT void dinov2_norm_linear(int how, const void* tokens, Index rows, Index dim, const float* norm_weight,
+                               const float* norm_bias, float epsilon, const void* weight, const float* bias,
+                               Index width, void* out, float* means, float* scales) {
+  const Norm norm = {norm_weight, norm_bias, epsilon};
+  BRANCH(norm_linear, IN(tokens), rows, dim, norm, IN(weight), bias, width, OUT(out), means, scales)
+}
+
+EXPORT void dinov2_norm_linear_backward(int how, const float* gradient, const void* tokens, Index rows, Index dim,
+                                        Index width, const float* norm_weight, const float* norm_bias,
+                                        const void* weight, const float* means, const float* scales, const void* onto,
+                                        void* of_tokens, float* of_norm_weight, float* of_norm_bias, void* of_weight,
+                                        float* of_bias) {
+  const Norm norm = {norm_weight, norm_bias, 0.0f};
+  const OfNormLinear of = {of_norm_weight, of_norm_bias, of_weight, of_bias};
+  BRANCH(norm_linear_backward, gradient, IN(tokens), rows, dim, width, norm, IN(weight), means, scales, IN(onto),
+         OUT(of_tokens), of)
+}
+
+EXPORT void dinov2_scaled_linear(int how, const void* in, Index rows, Index width, const void* weight,
+                                 const float* bias, const float* factor, Index dim, const void* onto, void* out) {
+  BRANCH(scaled_linear, IN(in), rows, width, IN(weight), bias, factor, dim, IN(onto), OUT(out))
+}
+
+EXPORT void dinov2_scaled_linear_backward(int how, const void* gradient, const void* in, Index rows, Index width,
+                                          const void* weight, const float* bias, const float* factor, Index dim,
+                                          float* of_in, void* of_weight, float* of_bias, float* of_factor) {
+  const OfScaled of = {of_weight, of_bias, of_factor};
+  BRANCH(scaled_linear_backward, IN(gradient), IN(in), rows, width, IN(weight), bias, factor, dim, of_in, of)
+}
+
+EXPORT void dinov2_feed_forward(int how, const void* tokens, Index rows, Index dim, Index width,
+                                const float* norm_weight, const float* norm_bias, float epsilon, const void* weight1,
+                                const float* bias1, const void* weight2, const float* bias2, const float* factor,
+                                int onto, void* out, void* kept, float* means, float* scales) {
+  const Norm norm = {norm_weight, norm_bias, epsilon};
+  BRANCH(feed_forward, IN(tokens), rows, dim, width, norm, IN(weight1), bias1, IN(weight2), bias2, factor, onto != 0,
+         OUT(out), OUT(kept), means, scales)
+}
+
+EXPORT void dinov2_feed_forward_backward(int how, const void* gradient, const void* tokens, Index rows, Index dim,
+                                         Index width, const float* norm_weight, const float* norm_bias,
+                                         const void* weight1, const void* weight2, const float* bias2,
+                                         const float* factor, int onto, const void* kept, const float* means,
+                                         const float* scales, void* of_tokens, float* of_norm_weight,
+                                         float* of_norm_bias, void* of_weight1, float* of_bias1, void* of_weight2,
+                                         float* of_bias2, float* of_factor) {
+  const Norm norm = {norm_weight, norm_bias, 0.0f};
+  const OfNormLinear of_first = {of_norm_weight, of_norm_bias, of_weight1, of_bias1};
+  const OfScaled of_second = {of_weight2, of_bias2, of_factor};
+  BRANCH(feed_forward_backward, IN(gradient), IN(tokens), rows, dim, width, norm, IN(weight1), IN(weight2), bias2,
+         factor, onto != 0, IN(kept), means, scales, OUT(of_tokens), of_first, of_second)
+}
+
+#endif
+
+// Whether there are branches and attention: they need AVX-512.
+EXPORT int dinov2_has_branches() {
+#ifdef __AVX512F__
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// Whether branches can be multiplied in bfloat16, see `how`.
+EXPORT int dinov2_multiplies_bf16() {
+#ifdef __AVX512BF16__
+  return 1;
+#else
+  return 0;
+#endif
+}
