@@ -19,14 +19,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from dinov2_fsdp.models import products
-from dinov2_fsdp.models.fused import attention, attention_backward, compiled, loaded
+from dinov2_fsdp.models.fused import BY_BF16, BY_FP32, WIDENED, attention, attention_backward, compiled, loaded
 from dinov2_fsdp.models.layout import Layout
 
 COLUMNS = 32
 """Matrices are multiplied by so many columns at a time: they have a multiple of it."""
-
-_BY_FP32, _WIDENED, _BY_BF16 = 0, 1, 2
-"""How branch.cpp multiplies: fp32; bf16 as fp32; bf16."""
 
 
 def applies(tokens: Tensor, *layers: nn.Linear, also: tuple[Tensor, ...] = ()) -> bool:
@@ -48,10 +45,10 @@ def applies(tokens: Tensor, *layers: nn.Linear, also: tuple[Tensor, ...] = ()) -
 def _how(tokens: Tensor) -> int | None:
     """Return how these are multiplied; None where libraries have instructions that compiled code does not use."""
     if tokens.dtype == torch.float32:
-        return _BY_FP32
+        return BY_FP32
     if products.widens(tokens):
-        return _WIDENED
-    return _BY_BF16 if loaded().multiplies_bf16 and products.processor_maker() != "GenuineIntel" else None
+        return WIDENED
+    return BY_BF16 if loaded().multiplies_bf16 and products.processor_maker() != "GenuineIntel" else None
 
 
 def feed_forward(
@@ -139,8 +136,10 @@ class _AttentionBranch(torch.autograd.Function):
         ctx.spans, ctx.heads, ctx.onto = list(layout.spans()), heads, onto
         qkv, mean, scale = torch.ops.dinov2_fsdp.norm_linear(tokens, norm_weight, norm_bias, weight1, bias1, eps)
         qkv, attended = qkv.unflatten(-1, (3, heads, -1)), torch.empty_like(tokens)
+        how = int(_how(tokens) or 0)
         weights = [
-            attention(qkv[start:end], sequences, keep, attended[start:end]) for start, end, sequences, _ in ctx.spans
+            attention(qkv[start:end], sequences, keep, how, attended[start:end])
+            for start, end, sequences, _ in ctx.spans
         ]
         out: Tensor = torch.ops.dinov2_fsdp.scaled_linear(attended, weight2, bias2, gamma, tokens if onto else None)
         kept = (qkv, attended, mean, scale, *weights) if keep else ()
@@ -154,9 +153,9 @@ class _AttentionBranch(torch.autograd.Function):
         qkv, attended, mean, scale, *weights = kept
         grad = grad.contiguous()
         of_attended, *of_second = torch.ops.dinov2_fsdp.scaled_linear_backward(grad, attended, weight2, bias2, gamma)
-        of_qkv = torch.empty_like(qkv, dtype=torch.float32)
+        of_qkv, how = torch.empty_like(qkv, dtype=torch.float32), int(_how(tokens) or 0)
         for (start, end, sequences, _), some in zip(ctx.spans, weights, strict=True):
-            attention_backward(of_attended[start:end], qkv[start:end], some, sequences, of_qkv[start:end])
+            attention_backward(of_attended[start:end], qkv[start:end], some, sequences, how, of_qkv[start:end])
         del of_attended
         of_first = torch.ops.dinov2_fsdp.norm_linear_backward(
             of_qkv.flatten(1), tokens, norm_weight, norm_bias, weight1, mean, scale, grad if ctx.onto else None

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from dinov2_fsdp.models import branches, frugal
 from dinov2_fsdp.models.frugal import OF_NORM_LINEAR, Sums, in_weights, norm_linear_backward, of_layer_scale
 from dinov2_fsdp.models.fused import (
+    BY_FP32,
     attention,
     attention_backward,
     attention_compiled,
@@ -104,7 +105,7 @@ class _AttentionBranch(torch.autograd.Function):
             ctx.compiled.append(attention_compiled(qkv))
             if ctx.compiled[-1]:
                 attended = qkv.new_empty(len(mean), dim)
-                weights = attention(qkv, sequences, keep, attended)
+                weights = attention(qkv, sequences, keep, BY_FP32, attended)
             else:
                 qkv = split_heads(qkv, sequences, qkv.shape[-1] ** -0.5)
                 found, weights = attend_parts(qkv)
@@ -131,7 +132,7 @@ class _AttentionBranch(torch.autograd.Function):
             of_attended = linear(of_out, scaled.t())
             if ctx.compiled[i]:
                 of_qkv = attention_backward(
-                    of_attended, widened(qkv), widened(weights), sequences, of_attended.new_empty(qkv.shape)
+                    of_attended, widened(qkv), widened(weights), sequences, BY_FP32, of_attended.new_empty(qkv.shape)
                 )
             else:
                 of_heads = split_heads(of_attended.unflatten(-1, (1, heads, -1)), sequences)[0]

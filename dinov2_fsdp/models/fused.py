@@ -161,43 +161,63 @@ def attention_compiled(qkv: Tensor) -> bool:
     return library is not None and library.has_branches and qkv.dtype == torch.float32
 
 
-def attention(qkv: Tensor, sequences: int, keep: bool, target: Tensor) -> Tensor:
+BY_FP32, WIDENED, BY_BF16 = 0, 1, 2
+"""How compiled products multiply: fp32; bf16 as fp32; bf16, if the library says that it does."""
+
+
+def attention(qkv: Tensor, sequences: int, keep: bool, how: int, target: Tensor) -> Tensor:
     """Write softmax(q·kᵀ/√d)·v for ``(sequences · length, 3, heads, dim)`` to ``target``; return the softmax weights.
 
     The target is ``(sequences · length, heads · dim)``, the weights ``(sequences · heads, length, length)``, or empty
-    unless they are to be kept. All have one type, fp32 or bf16; arithmetic is in fp32. Ask :func:`compiled` first.
+    unless they are to be kept. All have one type, fp32 or bf16, multiplied as ``how`` says (:data:`BY_FP32`).
+    Ask :func:`compiled` first.
     """
-    out: Tensor = torch.ops.dinov2_fsdp.attention(qkv, sequences, keep, target)
+    out: Tensor = torch.ops.dinov2_fsdp.attention(qkv, sequences, keep, how, target)
     return out
 
 
-def attention_backward(grad: Tensor, qkv: Tensor, weights: Tensor, sequences: int, target: Tensor) -> Tensor:
+def attention_backward(grad: Tensor, qkv: Tensor, weights: Tensor, sequences: int, how: int, target: Tensor) -> Tensor:
     """Write the gradient in ``qkv``, see :func:`attention`, from that in its result to ``target``; both are in fp32."""
     # A backward pass may be under an autocast that the forward pass was not.
     grad, qkv = grad.to(torch.float32).contiguous(), qkv.to(weights.dtype).contiguous()
-    torch.ops.dinov2_fsdp.attention_backward(grad, qkv, weights, sequences, target)
+    torch.ops.dinov2_fsdp.attention_backward(grad, qkv, weights, sequences, how, target)
     return target
 
 
-def _attention(qkv: Tensor, sequences: int, keep: bool, target: Tensor) -> Tensor:
+def _attention(qkv: Tensor, sequences: int, keep: bool, how: int, target: Tensor) -> Tensor:
     rows, _, heads, dim = qkv.shape
     if not qkv.is_contiguous() or not target.is_contiguous() or target.dtype != qkv.dtype:
-        raise TypeError(f"no attention from {qkv.dtype} to {target.dtype}, both one after the other in memory")
+        raise TypeError(f"no attention from {qkv.dtype} to {target.dtype}, if one of them has gaps in memory")
+    how = _checked(how, qkv)
     length = rows // sequences
     weights = qkv.new_empty(sequences * heads if keep else 0, length, length)
     shape = (sequences, length, heads, dim, dim**-0.5)
     kept = weights.data_ptr() if keep else None
-    loaded().attention(_half(qkv), qkv.data_ptr(), *shape, kept, target.data_ptr())
+    loaded().attention(how, qkv.data_ptr(), *shape, kept, target.data_ptr())
     return weights
 
 
-def _attention_backward(grad: Tensor, qkv: Tensor, weights: Tensor, sequences: int, target: Tensor) -> None:
+def _attention_backward(
+    grad: Tensor, qkv: Tensor, weights: Tensor, sequences: int, how: int, target: Tensor
+) -> None:
     rows, _, heads, dim = qkv.shape
     if not grad.dtype == target.dtype == torch.float32 or qkv.dtype != weights.dtype:
         raise TypeError(f"no attention for a gradient in {grad.dtype} of {qkv.dtype} and {weights.dtype}")
+    how = _checked(how, qkv)
     shape = (sequences, rows // sequences, heads, dim, dim**-0.5)
     pointers = (grad.data_ptr(), qkv.data_ptr(), weights.data_ptr())
-    loaded().attention_backward(_half(weights), *pointers, *shape, target.data_ptr())
+    loaded().attention_backward(how, *pointers, *shape, target.data_ptr())
+
+
+def _checked(how: int, qkv: Tensor) -> int:
+    """Return how heads are multiplied; those of odd widths have no pairs.
+
+    Raises:
+        TypeError: that is not for this type, or not in this library.
+    """
+    if (how == BY_FP32) != (qkv.dtype == torch.float32) or (how == BY_BF16 and not loaded().multiplies_bf16):
+        raise TypeError(f"{qkv.dtype} is not multiplied like this here: {how}")
+    return WIDENED if how == BY_BF16 and qkv.shape[-1] % 2 else how
 
 
 def loaded() -> Library:
@@ -210,9 +230,10 @@ def loaded() -> Library:
 
 # Operations of torch's, for whatever looks at them: what they multiply is counted.
 _operations = torch.library.Library("dinov2_fsdp", "DEF")
-_operations.define("attention(Tensor qkv, int sequences, bool keep, Tensor(a!) target) -> Tensor")
+_operations.define("attention(Tensor qkv, int sequences, bool keep, int how, Tensor(a!) target) -> Tensor")
 _operations.define(
-    "attention_backward(Tensor grad, Tensor qkv, Tensor weights, int sequences, Tensor(a!) target) -> ()"
+    "attention_backward(Tensor grad, Tensor qkv, Tensor weights, int sequences, int how, "
+    "Tensor(a!) target) -> ()"
 )
 _operations.impl("attention", _attention, "CPU")
 _operations.impl("attention_backward", _attention_backward, "CPU")

@@ -2,36 +2,15 @@
 //
 // Libraries' products of such small matrices, 257 × 64 × 257, leave half of an AMD EPYC's speed unused, and need a pass
 // over memory before and after each (docs/performance.md). Here the right side of every product is laid out anew in
-// panels of 32 columns, in single precision, so that neither strides nor the tensors' type reach the innermost loop.
+// panels, so that neither strides nor the tensors' type reach the innermost loop.
 
-#include "common.h"
+#include "panels.h"
 
 #ifdef __AVX512F__
 
 namespace {
 
-constexpr Index kPanel = 32;  // columns: two vectors
-constexpr Index kRows = 12;   // of a tile, whose 24 sums and two columns fill 26 of 32 registers
 constexpr Index kQueries = 48;  // at a time, forward
-
-inline Index padded(Index columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
-
-// depth × columns → panels of 32 columns, each with all rows one after the other; zeros stand beyond the last column.
-template <typename T>
-void pack(const T* in, Index stride, Index depth, Index columns, float* panels) {
-  for (Index start = 0; start < columns; start += kPanel, panels += depth * kPanel) {
-    const Index some = std::min(kPanel, columns - start);
-    for (Index k = 0; k < depth; ++k) {
-      const T* __restrict source = in + k * stride + start;
-      float* __restrict target = panels + k * kPanel;
-      if (some == kPanel) {
-        for (Index c = 0; c < kPanel; ++c) target[c] = widen(source[c]);
-      } else {
-        for (Index c = 0; c < kPanel; ++c) target[c] = c < some ? widen(source[c]) : 0.0f;
-      }
-    }
-  }
-}
 
 // columns × depth → the panels of its transposed.
 inline void pack_transposed(const float* in, Index stride, Index depth, Index columns, float* panels) {
@@ -42,71 +21,19 @@ inline void pack_transposed(const float* in, Index stride, Index depth, Index co
   }
 }
 
-// rows × columns, as single precision: where they lie if they are that, in `scratch` if not.
-template <typename Kept>
-inline const float* read(const Kept* in, Index& stride, Index rows, Index columns, float* scratch) {
-  if constexpr (std::is_same_v<Kept, float>) {
-    return in;
+// … of a matrix whose rows hold pairs: what is transposed is one of them, in the memory of a float.
+inline void pack_transposed(const BFloat16* in, Index stride, Index depth, Index columns, BFloat16* panels) {
+  pack_transposed(reinterpret_cast<const float*>(in), stride / 2, depth / 2, columns, reinterpret_cast<float*>(panels));
+}
+
+// rows × columns as they are multiplied: where they lie if they have the type, else in `copy`.
+template <typename C, typename T>
+inline Left<C> read(const T* in, Index stride, Index rows, Index columns, C* copy) {
+  if constexpr (std::is_same_v<T, C>) {
+    return {in, stride};
   } else {
-    for (Index r = 0; r < rows; ++r) {
-      const Kept* __restrict source = in + r * stride;
-      float* __restrict target = scratch + r * columns;
-      for (Index c = 0; c < columns; ++c) target[c] = widen(source[c]);
-    }
-    stride = columns;
-    return scratch;
-  }
-}
-
-// c (kCount × 16 · kVectors) = a · one panel; a[row][k] lies at row · a_row + k · a_k; `last` masks the last vector.
-template <int kCount, int kVectors>
-inline void product_tile(const float* a, Index a_row, Index a_k, const float* panel, Index depth, __mmask16 last,
-                         float* c, Index c_row) {
-  __m512 sums[kCount][kVectors];
-#pragma GCC unroll 12
-  for (int row = 0; row < kCount; ++row)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) sums[row][v] = _mm512_setzero_ps();
-  for (Index k = 0; k < depth; ++k) {
-    __m512 columns[kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) columns[v] = _mm512_load_ps(panel + k * kPanel + 16 * v);
-#pragma GCC unroll 12
-    for (int row = 0; row < kCount; ++row) {
-      const __m512 value = _mm512_set1_ps(a[row * a_row + k * a_k]);
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sums[row][v] = _mm512_fmadd_ps(value, columns[v], sums[row][v]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int row = 0; row < kCount; ++row)
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v)
-      _mm512_mask_storeu_ps(c + row * c_row + 16 * v, v + 1 < kVectors ? __mmask16(0xffff) : last, sums[row][v]);
-}
-
-template <int kCount, int kVectors>
-inline void product_rows(Index rows, const float* a, Index a_row, Index a_k, const float* panel, Index depth,
-                         __mmask16 last, float* c, Index c_row) {
-  for (; rows >= kCount; rows -= kCount, a += kCount * a_row, c += kCount * c_row)
-    product_tile<kCount, kVectors>(a, a_row, a_k, panel, depth, last, c, c_row);
-  if constexpr (kCount > 1) {
-    constexpr int kFewer = kCount > 8 ? 8 : kCount / 2;
-    if (rows) product_rows<kFewer, kVectors>(rows, a, a_row, a_k, panel, depth, last, c, c_row);
-  }
-}
-
-// c (rows × columns) = a (rows × depth) · panels (depth × columns).
-void product(Index rows, Index columns, Index depth, const float* a, Index a_row, Index a_k, const float* panels,
-             float* c, Index c_row) {
-  for (Index start = 0; start < columns; start += kPanel, panels += depth * kPanel) {
-    const Index some = std::min(kPanel, columns - start);
-    const auto last = static_cast<__mmask16>((1u << (some > 16 ? some - 16 : some)) - 1u);
-    if (some > 16) {
-      product_rows<kRows, 2>(rows, a, a_row, a_k, panels, depth, last, c + start, c_row);
-    } else {
-      product_rows<kRows, 1>(rows, a, a_row, a_k, panels, depth, last, c + start, c_row);
-    }
+    for (Index row = 0; row < rows; ++row) convert(in + row * stride, columns, copy + row * columns);
+    return {copy, columns};
   }
 }
 
@@ -119,27 +46,33 @@ struct Heads {
   }
 };
 
+// Rows that are multiplied in pairs are an even number.
+template <typename C>
+inline Index depth_of(Index length) {
+  return (length + Multiplied<C>::kDepth - 1) / Multiplied<C>::kDepth * Multiplied<C>::kDepth;
+}
+
 // The softmax weights are written only if there is a place for them.
-template <typename Kept>
-void attention(const Kept* qkv, Heads at, float factor, Kept* weights, Kept* out) {
+template <typename T, typename C>
+void attention(const T* qkv, Heads at, float factor, T* weights, T* out) {
   const Index length = at.length, dim = at.dim, row = 3 * at.stride(), count = at.sequences * at.heads;
-  const Index wide = padded(length), vectors = (length + 15) / 16 * 16;
+  const Index wide = padded(length), vectors = (length + 15) / 16 * 16, depth = depth_of<C>(length);
 #pragma omp parallel
   {
-    constexpr bool kWidens = !std::is_same_v<Kept, float>;
-    const Scratch<float> keys(dim * wide), values(length * padded(dim)), cached(kQueries * wide);
-    const Scratch<float> widened(kWidens ? length * dim : 1), found(kWidens ? kQueries * dim : 1);
-#pragma omp for schedule(static)
+    constexpr bool kHalf = !std::is_same_v<C, float>;
+    const Scratch<C> keys(dim * wide), values(depth * padded(dim)), copy(std::is_same_v<T, C> ? 1 : length * dim);
+    const Scratch<float> cached(kQueries * wide), found(std::is_same_v<T, float> ? 1 : kQueries * dim);
+    const Scratch<C> halves(kHalf ? kQueries * wide : 1);
+#pragma omp for schedule(dynamic)
     for (Index i = 0; i < count; ++i) {
-      const Kept* first = qkv + at.of(i, 3);
-      Index k_row = row, q_row = row;
-      const float* key = read(first + at.stride(), k_row, length, dim, widened.get());
-      pack_transposed(key, k_row, dim, length, keys.get());
-      pack(first + 2 * at.stride(), row, length, dim, values.get());
-      const float* query = read(first, q_row, length, dim, widened.get());
+      const T* first = qkv + at.of(i, 3);
+      const Left<C> key = read(first + at.stride(), row, length, dim, copy.get());
+      pack_transposed(key.at, key.row_step, dim, length, keys.get());
+      lay_out<kPanel>(first + 2 * at.stride(), row, length, dim, depth, values.get());
+      const Left<C> query = read(first, row, length, dim, copy.get());
       for (Index start = 0; start < length; start += kQueries) {
         const Index some = std::min(kQueries, length - start);
-        product(some, length, dim, query + start * q_row, q_row, 1, keys.get(), cached.get(), wide);
+        product(some, length, dim, query.from_row(start), keys.get(), cached.get(), wide);
         for (Index r = 0; r < some; ++r) {
           // Up to a whole vector, whose rest counts for nothing: exp of a single value takes as long as of sixteen.
           float* __restrict scores = cached.get() + r * wide;
@@ -157,84 +90,109 @@ void attention(const Kept* qkv, Heads at, float factor, Kept* weights, Kept* out
             sum += scores[c];
           }
           const float scale = 1.0f / sum;
-          if (weights) {
-            Kept* __restrict kept = weights + (i * length + start + r) * length;
 #pragma omp simd
-            for (Index c = 0; c < length; ++c) {
-              scores[c] *= scale;
-              kept[c] = narrow<Kept>(scores[c]);
-            }
-          } else {
-#pragma omp simd
-            for (Index c = 0; c < length; ++c) scores[c] *= scale;
-          }
+          for (Index c = 0; c < vectors; ++c) scores[c] *= scale;
+          if (weights) convert(scores, length, weights + (i * length + start + r) * length);
+          if constexpr (kHalf) convert(scores, vectors, halves.get() + r * wide);
         }
-        Kept* target = out + at.of(i, 1) + start * at.stride();
-        if constexpr (kWidens) {
-          product(some, dim, length, cached.get(), wide, 1, values.get(), found.get(), dim);
-          for (Index r = 0; r < some; ++r)
-            for (Index c = 0; c < dim; ++c) target[r * at.stride() + c] = narrow<Kept>(found.get()[r * dim + c]);
+        Left<C> some_weights;
+        if constexpr (kHalf) {
+          some_weights = {halves.get(), wide};
         } else {
-          product(some, dim, length, cached.get(), wide, 1, values.get(), target, at.stride());
+          some_weights = {cached.get(), wide};
+        }
+        T* target = out + at.of(i, 1) + start * at.stride();
+        if constexpr (std::is_same_v<T, float>) {
+          product(some, dim, depth, some_weights, values.get(), target, at.stride());
+        } else {
+          product(some, dim, depth, some_weights, values.get(), found.get(), dim);
+          for (Index r = 0; r < some; ++r) convert(found.get() + r * dim, dim, target + r * at.stride());
         }
       }
     }
   }
 }
 
-template <typename Kept>
-void attention_backward(const float* gradient, const Kept* qkv, const Kept* weights, Heads at, float factor,
-                        float* of_qkv) {
+// c (columns × dim) = leftᵀ · panels, both with `length` rows; left (length × columns).
+inline void transposed_product(Index columns, Index dim, Index length, Left<float> left, const float* panels,
+                               float* /*groups*/, float* c, Index c_row) {
+  product(columns, dim, length, {left.at, 1, 32 * left.row_step, left.row_step}, panels, c, c_row);
+}
+
+#ifdef __AVX512BF16__
+inline void transposed_product(Index columns, Index dim, Index length, Left<BFloat16> left, const BFloat16* panels,
+                               BFloat16* groups, float* c, Index c_row) {
+  const Index depth = depth_of<BFloat16>(length);
+  lay_out<kRows>(left.at, left.row_step, length, columns, depth, groups);
+  for (Index p = 0; p * kPanel < dim; ++p)
+    for (Index g = 0; g * kRows < columns; ++g)
+      add_tile(groups + g * depth * kRows, panels + p * depth * kPanel, depth, true, std::min(kRows, columns - g * kRows),
+               std::min(kPanel, dim - p * kPanel), c + g * kRows * c_row + p * kPanel, c_row);
+}
+#endif
+
+template <typename T, typename C>
+void attention_backward(const float* gradient, const T* qkv, const T* weights, Heads at, float factor, float* of_qkv) {
   const Index length = at.length, dim = at.dim, row = 3 * at.stride(), count = at.sequences * at.heads;
-  const Index wide = padded(length);
+  const Index wide = padded(length), depth = depth_of<C>(length);
 #pragma omp parallel
   {
-    constexpr bool kWidens = !std::is_same_v<Kept, float>;
-    const Scratch<float> panels(std::max(dim * wide, length * padded(dim))), scores(length * wide);
-    const Scratch<float> widened(kWidens ? length * std::max(length, dim) : 1);
-#pragma omp for schedule(static)
+    constexpr bool kHalf = !std::is_same_v<C, float>;
+    const Scratch<C> panels(std::max(dim * wide, depth * padded(dim)));
+    const Scratch<C> copy(std::is_same_v<T, C> ? 1 : length * std::max(length, dim));
+    const Scratch<C> halves(kHalf ? length * wide : 1), of_outs(kHalf ? length * dim : 1);
+    const Scratch<C> groups(kHalf ? groups_of(length) * kRows * depth : 1);
+    const Scratch<float> scores(length * wide);
+#pragma omp for schedule(dynamic)
     for (Index i = 0; i < count; ++i) {
-      const Kept* query = qkv + at.of(i, 3);
-      const float* of_out = gradient + at.of(i, 1);
+      const T *query = qkv + at.of(i, 3), *w = weights + i * length * length;
       float* of_query = of_qkv + at.of(i, 3);
-      Index v_row = row, w_row = length;
-      const float* value = read(query + 2 * at.stride(), v_row, length, dim, widened.get());
-      pack_transposed(value, v_row, dim, length, panels.get());
-      product(length, length, dim, of_out, at.stride(), 1, panels.get(), scores.get(), wide);
-      const float* w = read(weights + i * length * length, w_row, length, length, widened.get());
+      const Left<C> of_out = read(gradient + at.of(i, 1), at.stride(), length, dim, of_outs.get());
+      const Left<C> value = read(query + 2 * at.stride(), row, length, dim, copy.get());
+      pack_transposed(value.at, value.row_step, dim, length, panels.get());
+      product(length, length, dim, of_out, panels.get(), scores.get(), wide);
       for (Index r = 0; r < length; ++r) {
         float* __restrict of_scores = scores.get() + r * wide;
-        const float* __restrict at_row = w + r * length;
+        const T* __restrict at_row = w + r * length;
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-        for (Index c = 0; c < length; ++c) sum += of_scores[c] * at_row[c];
+        for (Index c = 0; c < length; ++c) sum += of_scores[c] * widen(at_row[c]);
 #pragma omp simd
-        for (Index c = 0; c < length; ++c) of_scores[c] = factor * at_row[c] * (of_scores[c] - sum);
+        for (Index c = 0; c < length; ++c) of_scores[c] = factor * widen(at_row[c]) * (of_scores[c] - sum);
+        for (Index c = length; c < depth; ++c) of_scores[c] = 0.0f;
+        if constexpr (kHalf) convert(of_scores, depth, halves.get() + r * wide);
       }
-      pack(query + at.stride(), row, length, dim, panels.get());
-      product(length, dim, length, scores.get(), wide, 1, panels.get(), of_query, row);
-      pack(query, row, length, dim, panels.get());
-      product(length, dim, length, scores.get(), 1, wide, panels.get(), of_query + at.stride(), row);
-      pack(of_out, at.stride(), length, dim, panels.get());
-      product(length, dim, length, w, 1, length, panels.get(), of_query + 2 * at.stride(), row);
+      Left<C> of_scores;
+      if constexpr (kHalf) {
+        of_scores = {halves.get(), wide};
+      } else {
+        of_scores = {scores.get(), wide};
+      }
+      lay_out<kPanel>(query + at.stride(), row, length, dim, depth, panels.get());
+      product(length, dim, depth, of_scores, panels.get(), of_query, row);
+      lay_out<kPanel>(query, row, length, dim, depth, panels.get());
+      transposed_product(length, dim, length, of_scores, panels.get(), groups.get(), of_query + at.stride(), row);
+      lay_out<kPanel>(of_out.at, of_out.row_step, length, dim, depth, panels.get());
+      const Left<C> kept = read(w, length, length, length, copy.get());
+      transposed_product(length, dim, length, kept, panels.get(), groups.get(), of_query + 2 * at.stride(), row);
     }
   }
 }
 
 }  // namespace
 
-EXPORT void dinov2_attention(int half, const void* qkv, Index sequences, Index length, Index heads, Index dim,
+// `how`: see panels.h. The gradients are in single precision.
+EXPORT void dinov2_attention(int how, const void* qkv, Index sequences, Index length, Index heads, Index dim,
                              float factor, void* weights, void* out) {
   const Heads at = {sequences, length, heads, dim};
-  CALL(attention, IN(qkv), at, factor, OUT(weights), OUT(out))
+  MULTIPLY(attention, IN(qkv), at, factor, OUT(weights), OUT(out))
 }
 
-// `half` says it of what was kept: queries, keys and values, and the softmax weights.
-EXPORT void dinov2_attention_backward(int half, const float* gradient, const void* qkv, const void* weights,
+EXPORT void dinov2_attention_backward(int how, const float* gradient, const void* qkv, const void* weights,
                                       Index sequences, Index length, Index heads, Index dim, float factor,
                                       float* of_qkv) {
   const Heads at = {sequences, length, heads, dim};
-  CALL(attention_backward, gradient, IN(qkv), IN(weights), at, factor, of_qkv)
+  MULTIPLY(attention_backward, gradient, IN(qkv), IN(weights), at, factor, of_qkv)
 }
 
 #endif

@@ -4,14 +4,10 @@
 // its cache, nothing waits between the operations, and no thread for another. Libraries' products cannot be joined so;
 // with large matrices these are as fast (docs/performance.md).
 //
-// The right side of every product lies in panels of 32 columns. Matrices are multiplied as C, single precision or
-// bfloat16 (by the processor's own instruction, sums in single precision), and lie in memory as T. Values of bfloat16
-// are multiplied in pairs: two rows of a panel lie interleaved.
-//
 // Every sum over rows goes from the first row to the last, or by blocks of rows that meet in order: results depend
 // neither on threads nor on how many rows are worked on at a time.
 
-#include "common.h"
+#include "panels.h"
 
 #ifdef __AVX512F__
 
@@ -19,202 +15,16 @@
 
 namespace {
 
-constexpr Index kPanel = 32;   // columns of a panel: two vectors
-constexpr Index kRows = 12;    // of a tile, whose 24 sums and two columns fill 26 of 32 registers
 constexpr Index kBlock = 48;   // rows that a thread takes from end to end
 constexpr Index kBlocks = 32;  // at a time, before the weights' gradients are multiplied; more with many threads
 
-inline Index groups_of(Index columns) { return (columns + kRows - 1) / kRows; }
-
-// ---- One tile: kCount rows of a · one panel of 32 columns.
-
-// a[row][k] lies at row · a_row + (k / 32) · a_chunk + k % 32.
-template <int kCount>
-inline void tile(const float* a, Index a_row, Index a_chunk, const float* panel, Index depth, float* c) {
-  __m512 sums[kCount][2];
-#pragma GCC unroll 12
-  for (int row = 0; row < kCount; ++row) sums[row][0] = sums[row][1] = _mm512_setzero_ps();
-  for (Index chunk = 0; chunk < depth; chunk += 32, a += a_chunk) {
-    for (Index k = 0; k < 32; ++k, panel += kPanel) {
-      const __m512 left = _mm512_load_ps(panel), right = _mm512_load_ps(panel + 16);
-#pragma GCC unroll 12
-      for (int row = 0; row < kCount; ++row) {
-        const __m512 value = _mm512_set1_ps(a[row * a_row + k]);
-        sums[row][0] = _mm512_fmadd_ps(value, left, sums[row][0]);
-        sums[row][1] = _mm512_fmadd_ps(value, right, sums[row][1]);
-      }
-    }
-  }
-#pragma GCC unroll 12
-  for (int row = 0; row < kCount; ++row) {
-    _mm512_store_ps(c + row * kPanel, sums[row][0]);
-    _mm512_store_ps(c + row * kPanel + 16, sums[row][1]);
-  }
-}
-
-// c (12 × 32) += one group of 12 columns, transposed, · one panel; depth rows of both.
-inline void add_tile(const float* group, const float* panel, Index depth, float* c) {
-  __m512 sums[kRows][2];
-#pragma GCC unroll 12
-  for (int row = 0; row < kRows; ++row) {
-    sums[row][0] = _mm512_load_ps(c + row * kPanel);
-    sums[row][1] = _mm512_load_ps(c + row * kPanel + 16);
-  }
-  for (Index k = 0; k < depth; ++k, group += kRows, panel += kPanel) {
-    const __m512 left = _mm512_load_ps(panel), right = _mm512_load_ps(panel + 16);
-#pragma GCC unroll 12
-    for (int row = 0; row < kRows; ++row) {
-      const __m512 value = _mm512_set1_ps(group[row]);
-      sums[row][0] = _mm512_fmadd_ps(value, left, sums[row][0]);
-      sums[row][1] = _mm512_fmadd_ps(value, right, sums[row][1]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int row = 0; row < kRows; ++row) {
-    _mm512_store_ps(c + row * kPanel, sums[row][0]);
-    _mm512_store_ps(c + row * kPanel + 16, sums[row][1]);
-  }
-}
-
-#ifdef __AVX512BF16__
-
-inline __m512bh pair_at(const BFloat16* values) {
-  std::int32_t both;
-  std::memcpy(&both, values, sizeof both);
-  return (__m512bh)_mm512_set1_epi32(both);
-}
-
-template <int kCount>
-inline void tile(const BFloat16* a, Index a_row, Index a_chunk, const BFloat16* panel, Index depth, float* c) {
-  __m512 sums[kCount][2];
-#pragma GCC unroll 12
-  for (int row = 0; row < kCount; ++row) sums[row][0] = sums[row][1] = _mm512_setzero_ps();
-  for (Index chunk = 0; chunk < depth; chunk += 32, a += a_chunk) {
-    for (Index k = 0; k < 32; k += 2, panel += 2 * kPanel) {
-      const auto left = (__m512bh)_mm512_load_si512(panel), right = (__m512bh)_mm512_load_si512(panel + 32);
-#pragma GCC unroll 12
-      for (int row = 0; row < kCount; ++row) {
-        const __m512bh value = pair_at(a + row * a_row + k);
-        sums[row][0] = _mm512_dpbf16_ps(sums[row][0], value, left);
-        sums[row][1] = _mm512_dpbf16_ps(sums[row][1], value, right);
-      }
-    }
-  }
-#pragma GCC unroll 12
-  for (int row = 0; row < kCount; ++row) {
-    _mm512_store_ps(c + row * kPanel, sums[row][0]);
-    _mm512_store_ps(c + row * kPanel + 16, sums[row][1]);
-  }
-}
-
-inline void add_tile(const BFloat16* group, const BFloat16* panel, Index depth, float* c) {
-  __m512 sums[kRows][2];
-#pragma GCC unroll 12
-  for (int row = 0; row < kRows; ++row) {
-    sums[row][0] = _mm512_load_ps(c + row * kPanel);
-    sums[row][1] = _mm512_load_ps(c + row * kPanel + 16);
-  }
-  for (Index k = 0; k < depth; k += 2, group += 2 * kRows, panel += 2 * kPanel) {
-    const auto left = (__m512bh)_mm512_load_si512(panel), right = (__m512bh)_mm512_load_si512(panel + 32);
-#pragma GCC unroll 12
-    for (int row = 0; row < kRows; ++row) {
-      const __m512bh value = pair_at(group + 2 * row);
-      sums[row][0] = _mm512_dpbf16_ps(sums[row][0], value, left);
-      sums[row][1] = _mm512_dpbf16_ps(sums[row][1], value, right);
-    }
-  }
-#pragma GCC unroll 12
-  for (int row = 0; row < kRows; ++row) {
-    _mm512_store_ps(c + row * kPanel, sums[row][0]);
-    _mm512_store_ps(c + row * kPanel + 16, sums[row][1]);
-  }
-}
-
-#endif
-
-template <int kCount, typename C>
-inline void tiles(Index rows, const C* a, Index a_row, Index a_chunk, const C* panel, Index depth, float* c) {
-  for (; rows >= kCount; rows -= kCount, a += kCount * a_row, c += kCount * kPanel)
-    tile<kCount>(a, a_row, a_chunk, panel, depth, c);
-  if constexpr (kCount > 1) {
-    constexpr int kFewer = kCount > 8 ? 8 : kCount / 2;
-    if (rows) tiles<kFewer>(rows, a, a_row, a_chunk, panel, depth, c);
-  }
-}
-
 // A block of rows · panels; each panel's result, (rows, 32) in single precision, is handed to `take(panel, result)`.
 template <typename C, typename Take>
-inline void product(Index rows, Index columns, Index depth, const C* a, Index a_row, Index a_chunk, const C* panels,
-                    const Take& take) {
+inline void by_panels(Index rows, Index columns, Index depth, Left<C> left, const C* panels, const Take& take) {
   alignas(64) float found[kBlock * kPanel];
   for (Index p = 0; p < columns / kPanel; ++p) {
-    tiles<kRows>(rows, a, a_row, a_chunk, panels + p * depth * kPanel, depth, found);
+    tiles<kRows, 2>(rows, left, panels + p * depth * kPanel, depth, 0xffff, found, kPanel);
     take(p, found);
-  }
-}
-
-// ---- Types, and how matrices are laid out.
-
-inline std::uint32_t pair(BFloat16 first, BFloat16 second) {
-  return first.bits | static_cast<std::uint32_t>(second.bits) << 16;
-}
-
-template <typename To, typename From>
-inline void convert(const From* __restrict in, Index count, To* __restrict out) {
-  for (Index i = 0; i < count; ++i) out[i] = narrow<To>(widen(in[i]));
-}
-
-// A matrix as it is multiplied: in its own place where that has the type, else a copy of these rows.
-template <typename C, typename T>
-inline const C* as_multiplied(const T* in, Index count, C* copy) {
-  if constexpr (std::is_same_v<T, C>) {
-    return in;
-  } else {
-    convert(in, count, copy);
-    return copy;
-  }
-}
-
-// Rows of kWidth values, two at a time, to where a row or a pair of rows lies.
-template <Index kWidth, typename From>
-inline void store_rows(const From* in, Index stride, Index rows, float* out) {
-  for (Index row = 0; row < rows; ++row)
-    for (Index i = 0; i < kWidth; ++i) out[row * kWidth + i] = widen(in[row * stride + i]);
-}
-
-template <Index kWidth, typename From>
-inline void store_rows(const From* in, Index stride, Index rows, BFloat16* out) {
-  for (Index row = 0; row < rows; row += 2) {
-    const From* __restrict first = in + row * stride;
-    const From* __restrict second = row + 1 < rows ? first + stride : nullptr;
-    std::uint32_t both[kWidth];
-    if (second) {
-      for (Index i = 0; i < kWidth; ++i)
-        both[i] = pair(narrow<BFloat16>(widen(first[i])), narrow<BFloat16>(widen(second[i])));
-    } else {
-      for (Index i = 0; i < kWidth; ++i) both[i] = narrow<BFloat16>(widen(first[i])).bits;
-    }
-    std::memcpy(out + row * kWidth, both, sizeof both);
-  }
-}
-
-// Rows of a block → (columns / 32, depth, 32): the block's place in panels that have `depth` rows.
-template <typename C, typename From>
-inline void to_panels(const From* in, Index rows, Index columns, Index depth, C* panels) {
-  for (Index p = 0; p < columns / kPanel; ++p)
-    store_rows<kPanel>(in + p * kPanel, columns, rows, panels + p * depth * kPanel);
-}
-
-// Rows of a block → (columns / 12, depth, 12); the last group is filled up with zeros.
-template <typename C, typename From>
-inline void to_groups(const From* in, Index rows, Index columns, Index depth, C* groups) {
-  const Index whole = columns / kRows;
-  for (Index g = 0; g < whole; ++g) store_rows<kRows>(in + g * kRows, columns, rows, groups + g * depth * kRows);
-  if (const Index rest = columns - whole * kRows) {
-    float filled[kBlock * kRows] = {};
-    for (Index row = 0; row < rows; ++row)
-      for (Index i = 0; i < rest; ++i) filled[row * kRows + i] = widen(in[row * columns + whole * kRows + i]);
-    store_rows<kRows>(filled, kRows, rows, groups + whole * depth * kRows);
   }
 }
 
@@ -248,7 +58,7 @@ void pack_backward(const T* weight, Index out, Index in, const float* factor, C*
       const float scale = factor ? factor[first + row] : 1.0f;
       for (Index i = 0; i < in; ++i) target[i] = widen(source[i]) * scale;
     }
-    to_panels(rows.get(), kPanel, in, out, panels + first * kPanel);
+    lay_out<kPanel>(rows.get(), in, kPanel, in, out, panels + first * kPanel);
   }
 }
 
@@ -352,10 +162,9 @@ class OfWeight {
 #pragma omp for schedule(dynamic) nowait
     for (Index p = 0; p < wide_ / kPanel; ++p) {
       float* c = sums_.get() + p * panel_size();
-      if (first) std::fill(c, c + panel_size(), 0.0f);
       for (Index g = 0; g < groups_of(narrow_); ++g)
         add_tile(groups_.get() + g * depth_ * kRows, panels_.get() + p * depth_ * kPanel,
-                 std::is_same_v<C, float> ? rows : even, c + g * kRows * kPanel);
+                 std::is_same_v<C, float> ? rows : even, first, kRows, kPanel, c + g * kRows * kPanel, kPanel);
     }
   }
   // By all threads: (wide, narrow).
@@ -432,7 +241,7 @@ void norm_linear(const T* tokens, Index rows, Index dim, Norm norm, const T* wei
     for (Index first = 0; first < rows; first += kBlock) {
       const Index some = std::min(kBlock, rows - first);
       norm_block(tokens + first * dim, some, dim, norm, means + first, scales + first, normed.get());
-      product(some, width, dim, normed.get(), dim, 32, panels.get(), [&](Index p, const float* found) {
+      by_panels(some, width, dim, Left<C>{normed.get(), dim}, panels.get(), [&](Index p, const float* found) {
         const float* __restrict added = bias + p * kPanel;
         for (Index row = 0; row < some; ++row) {
           T* __restrict target = out + (first + row) * width + p * kPanel;
@@ -475,7 +284,7 @@ void scaled_linear(const T* in, Index rows, Index width, const T* weight, const 
     for (Index first = 0; first < rows; first += kBlock) {
       const Index some = std::min(kBlock, rows - first);
       const C* left = as_multiplied(in + first * width, some * width, copy.get());
-      product(some, dim, width, left, width, 32, panels.get(), [&](Index p, const float* found) {
+      by_panels(some, dim, width, Left<C>{left, width}, panels.get(), [&](Index p, const float* found) {
         write_linear(found, some, p, bias, factor, first, dim, onto, out);
       });
     }
@@ -497,7 +306,7 @@ void feed_forward(const T* tokens, Index rows, Index dim, Index width, Norm norm
     for (Index first = 0; first < rows; first += kBlock) {
       const Index some = std::min(kBlock, rows - first);
       norm_block(tokens + first * dim, some, dim, norm, means + first, scales + first, normed.get());
-      product(some, width, dim, normed.get(), dim, 32, panels1.get(), [&](Index p, const float* found) {
+      by_panels(some, width, dim, Left<C>{normed.get(), dim}, panels1.get(), [&](Index p, const float* found) {
         const float* __restrict added = bias1 + p * kPanel;
         C* __restrict target = activated.get() + p * kBlock * kPanel;
         T* __restrict hidden = kept ? kept + first * width + p * some * kPanel : nullptr;
@@ -510,7 +319,7 @@ void feed_forward(const T* tokens, Index rows, Index dim, Index width, Norm norm
           for (Index i = 0; i < kPanel; ++i) target[row * kPanel + i] = narrow<C>(x[i] * normal(x[i]).cumulative);
         }
       });
-      product(some, dim, width, activated.get(), kPanel, kBlock * kPanel, panels2.get(),
+      by_panels(some, dim, width, Left<C>{activated.get(), kPanel, kBlock * kPanel}, panels2.get(),
               [&](Index p, const float* found) {
                 write_linear(found, some, p, bias2, factor, first, dim, onto ? tokens : nullptr, out);
               });
@@ -553,13 +362,13 @@ struct NormBackward {
   void recompute(Index first, Index some, Index at, float* normed) const {
     for (Index row = first; row < first + some; ++row)
       norm_row(tokens + row * dim, norm.weight, norm.bias, dim, means[row], scales[row], normed + (row - first) * dim);
-    to_groups(normed, some, dim, of_weight.depth(), of_weight.groups(at));
+    lay_out<kRows>(normed, dim, some, dim, of_weight.depth(), of_weight.groups(at));
   }
 
   // `sums`: for the norm's weight, then its bias. `of_normed` is overwritten.
-  void finish(Index first, Index some, const C* left, Index left_row, Index left_chunk, const C* panels, Index width,
-              float* of_normed, float* sums) const {
-    product(some, dim, width, left, left_row, left_chunk, panels, [&](Index p, const float* found) {
+  void finish(Index first, Index some, Left<C> left, const C* panels, Index width, float* of_normed,
+              float* sums) const {
+    by_panels(some, dim, width, left, panels, [&](Index p, const float* found) {
       for (Index row = 0; row < some; ++row)
         std::memcpy(of_normed + row * dim + p * kPanel, found + row * kPanel, kPanel * sizeof(float));
     });
@@ -605,10 +414,10 @@ void feed_forward_backward(const T* gradient, const T* tokens, Index rows, Index
         const T* of_out = gradient + first * dim;
         float* of_bias1 = sums.of(at / kBlock);
         add_rows(of_out, some, dim, of_bias1 + width);
-        to_groups(of_out, some, dim, depth, weight2_sums.groups(at));
+        lay_out<kRows>(of_out, dim, some, dim, depth, weight2_sums.groups(at));
         back.recompute(first, some, at, normed.get());
         const C* left = as_multiplied(of_out, some * dim, copy.get());
-        product(some, width, dim, left, dim, 32, panels2.get(), [&](Index p, float* found) {
+        by_panels(some, width, dim, Left<C>{left, dim}, panels2.get(), [&](Index p, float* found) {
           const T* __restrict hidden = kept + first * width + p * some * kPanel;
           float* __restrict bias_sums = of_bias1 + p * kPanel;
           alignas(64) float activated[kBlock * kPanel];
@@ -628,7 +437,7 @@ void feed_forward_backward(const T* gradient, const T* tokens, Index rows, Index
           if constexpr (kPairs) convert(found, some * kPanel, by_rows.get() + p * kBlock * kPanel);
         });
         const C* of_hidden = kPairs ? by_rows.get() : weight1_sums.panels(at);
-        back.finish(first, some, of_hidden, kPanel, (kPairs ? kBlock : depth) * kPanel, panels1.get(), width,
+        back.finish(first, some, Left<C>{of_hidden, kPanel, (kPairs ? kBlock : depth) * kPanel}, panels1.get(), width,
                     normed.get(), of_bias1 + width + dim);
       }
       weight2_sums.multiply(count, start == 0);
@@ -669,10 +478,10 @@ void norm_linear_backward(const float* gradient, const T* tokens, Index rows, In
         const float* of_out = gradient + first * width;
         float* of_bias = sums.of(at / kBlock);
         add_rows(of_out, some, width, of_bias);
-        to_panels(of_out, some, width, depth, weight_sums.panels(at));
+        lay_out<kPanel>(of_out, width, some, width, depth, weight_sums.panels(at));
         back.recompute(first, some, at, normed.get());
         const C* left = as_multiplied(of_out, some * width, copy.get());
-        back.finish(first, some, left, width, 32, panels.get(), width, normed.get(), of_bias + width);
+        back.finish(first, some, Left<C>{left, width}, panels.get(), width, normed.get(), of_bias + width);
       }
       weight_sums.multiply(count, start == 0);
       sums.meet((count + kBlock - 1) / kBlock);
@@ -703,10 +512,10 @@ void scaled_linear_backward(const T* gradient, const T* in, Index rows, Index wi
         const Index first = start + at, some = std::min(kBlock, rows - first);
         const T* of_out = gradient + first * dim;
         add_rows(of_out, some, dim, sums.of(at / kBlock));
-        to_groups(of_out, some, dim, depth, weight_sums.groups(at));
-        to_panels(in + first * width, some, width, depth, weight_sums.panels(at));
+        lay_out<kRows>(of_out, dim, some, dim, depth, weight_sums.groups(at));
+        lay_out<kPanel>(in + first * width, width, some, width, depth, weight_sums.panels(at));
         const C* left = as_multiplied(of_out, some * dim, copy.get());
-        product(some, width, dim, left, dim, 32, panels.get(), [&](Index p, const float* found) {
+        by_panels(some, width, dim, Left<C>{left, dim}, panels.get(), [&](Index p, const float* found) {
           for (Index row = 0; row < some; ++row)
             std::memcpy(of_in + (first + row) * width + p * kPanel, found + row * kPanel, kPanel * sizeof(float));
         });
@@ -723,37 +532,12 @@ void scaled_linear_backward(const T* gradient, const T* in, Index rows, Index wi
 
 }  // namespace
 
-// How tensors lie in memory and are multiplied: 0 in single precision, 1 in bfloat16 and in single precision, 2 in
-// bfloat16, with dinov2_multiplies_bf16 alone.
-#ifdef __AVX512BF16__
-#define BRANCH(function, ...)                 \
-  if (how == 2) {                             \
-    using T = BFloat16;                       \
-    function<T, BFloat16>(__VA_ARGS__);       \
-  } else if (how == 1) {                      \
-    using T = BFloat16;                       \
-    function<T, float>(__VA_ARGS__);          \
-  } else {                                    \
-    using T = float;                          \
-    function<T, float>(__VA_ARGS__);          \
-  }
-#else
-#define BRANCH(function, ...)                 \
-  if (how) {                                  \
-    using T = BFloat16;                       \
-    function<T, float>(__VA_ARGS__);          \
-  } else {                                    \
-    using T = float;                          \
-    function<T, float>(__VA_ARGS__);          \
-  }
-#endif
-
 // `how` says it of tensors; biases, factors, norms' parameters, statistics and their gradients are in single precision.
 EXPORT void dinov2_norm_linear(int how, const void* tokens, Index rows, Index dim, const float* norm_weight,
                                const float* norm_bias, float epsilon, const void* weight, const float* bias,
                                Index width, void* out, float* means, float* scales) {
   const Norm norm = {norm_weight, norm_bias, epsilon};
-  BRANCH(norm_linear, IN(tokens), rows, dim, norm, IN(weight), bias, width, OUT(out), means, scales)
+  MULTIPLY(norm_linear, IN(tokens), rows, dim, norm, IN(weight), bias, width, OUT(out), means, scales)
 }
 
 EXPORT void dinov2_norm_linear_backward(int how, const float* gradient, const void* tokens, Index rows, Index dim,
@@ -763,20 +547,20 @@ EXPORT void dinov2_norm_linear_backward(int how, const float* gradient, const vo
                                         float* of_bias) {
   const Norm norm = {norm_weight, norm_bias, 0.0f};
   const OfNormLinear of = {of_norm_weight, of_norm_bias, of_weight, of_bias};
-  BRANCH(norm_linear_backward, gradient, IN(tokens), rows, dim, width, norm, IN(weight), means, scales, IN(onto),
+  MULTIPLY(norm_linear_backward, gradient, IN(tokens), rows, dim, width, norm, IN(weight), means, scales, IN(onto),
          OUT(of_tokens), of)
 }
 
 EXPORT void dinov2_scaled_linear(int how, const void* in, Index rows, Index width, const void* weight,
                                  const float* bias, const float* factor, Index dim, const void* onto, void* out) {
-  BRANCH(scaled_linear, IN(in), rows, width, IN(weight), bias, factor, dim, IN(onto), OUT(out))
+  MULTIPLY(scaled_linear, IN(in), rows, width, IN(weight), bias, factor, dim, IN(onto), OUT(out))
 }
 
 EXPORT void dinov2_scaled_linear_backward(int how, const void* gradient, const void* in, Index rows, Index width,
                                           const void* weight, const float* bias, const float* factor, Index dim,
                                           float* of_in, void* of_weight, float* of_bias, float* of_factor) {
   const OfScaled of = {of_weight, of_bias, of_factor};
-  BRANCH(scaled_linear_backward, IN(gradient), IN(in), rows, width, IN(weight), bias, factor, dim, of_in, of)
+  MULTIPLY(scaled_linear_backward, IN(gradient), IN(in), rows, width, IN(weight), bias, factor, dim, of_in, of)
 }
 
 EXPORT void dinov2_feed_forward(int how, const void* tokens, Index rows, Index dim, Index width,
@@ -784,7 +568,7 @@ EXPORT void dinov2_feed_forward(int how, const void* tokens, Index rows, Index d
                                 const float* bias1, const void* weight2, const float* bias2, const float* factor,
                                 int onto, void* out, void* kept, float* means, float* scales) {
   const Norm norm = {norm_weight, norm_bias, epsilon};
-  BRANCH(feed_forward, IN(tokens), rows, dim, width, norm, IN(weight1), bias1, IN(weight2), bias2, factor, onto != 0,
+  MULTIPLY(feed_forward, IN(tokens), rows, dim, width, norm, IN(weight1), bias1, IN(weight2), bias2, factor, onto != 0,
          OUT(out), OUT(kept), means, scales)
 }
 
@@ -798,7 +582,7 @@ EXPORT void dinov2_feed_forward_backward(int how, const void* gradient, const vo
   const Norm norm = {norm_weight, norm_bias, 0.0f};
   const OfNormLinear of_first = {of_norm_weight, of_norm_bias, of_weight1, of_bias1};
   const OfScaled of_second = {of_weight2, of_bias2, of_factor};
-  BRANCH(feed_forward_backward, IN(gradient), IN(tokens), rows, dim, width, norm, IN(weight1), IN(weight2), bias2,
+  MULTIPLY(feed_forward_backward, IN(gradient), IN(tokens), rows, dim, width, norm, IN(weight1), IN(weight2), bias2,
          factor, onto != 0, IN(kept), means, scales, OUT(of_tokens), of_first, of_second)
 }
 

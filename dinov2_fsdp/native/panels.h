@@ -1,0 +1,238 @@
+// Matrix products on panels of 32 columns, in the registers of AVX-512, and how matrices are laid out for them.
+//
+// Matrices are multiplied as C, single precision or bfloat16 (by the processor's own instruction, sums in single
+// precision), and lie in memory as T. Values of bfloat16 are multiplied in pairs: two rows of a panel lie interleaved.
+
+#pragma once
+
+#include "common.h"
+
+#ifdef __AVX512F__
+
+namespace {
+
+constexpr Index kPanel = 32;  // columns of a panel: two vectors
+constexpr Index kRows = 12;   // of a tile, whose 24 sums and two columns fill 26 of 32 registers
+
+inline Index padded(Index columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
+inline Index groups_of(Index columns) { return (columns + kRows - 1) / kRows; }
+
+// What is read of a panel and of a row at a time: one value of each column, or a pair.
+template <typename C>
+struct Multiplied;
+
+template <>
+struct Multiplied<float> {
+  static constexpr Index kDepth = 1;
+  using Vector = __m512;
+  static Vector columns(const float* panel) { return _mm512_load_ps(panel); }
+  static Vector value(const float* a) { return _mm512_set1_ps(*a); }
+  static __m512 add(__m512 sum, Vector value, Vector columns) { return _mm512_fmadd_ps(value, columns, sum); }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Multiplied<BFloat16> {
+  static constexpr Index kDepth = 2;
+  using Vector = __m512bh;
+  static Vector columns(const BFloat16* panel) { return (__m512bh)_mm512_load_si512(panel); }
+  static Vector value(const BFloat16* a) {
+    std::int32_t both;
+    std::memcpy(&both, a, sizeof both);
+    return (__m512bh)_mm512_set1_epi32(both);
+  }
+  static __m512 add(__m512 sum, Vector value, Vector columns) { return _mm512_dpbf16_ps(sum, value, columns); }
+};
+#endif
+
+// The left side of a product: value (row, k) lies at row · row_step + (k / 32) · chunk_step + (k % 32) · step.
+template <typename C>
+struct Left {
+  const C* at;
+  Index row_step, chunk_step = 32, step = 1;
+  Left from_row(Index row) const { return {at + row * row_step, row_step, chunk_step, step}; }
+};
+
+// c = kCount rows of a · the first kVectors · 16 columns of one panel. `depth` is a multiple of what is read at a time;
+// `last` masks the last vector.
+template <int kCount, int kVectors, typename C>
+inline void tile(Left<C> left, const C* panel, Index depth, __mmask16 last, float* c, Index c_row) {
+  using M = Multiplied<C>;
+  __m512 sums[kCount][kVectors];
+#pragma GCC unroll 12
+  for (int row = 0; row < kCount; ++row)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) sums[row][v] = _mm512_setzero_ps();
+  const C* a = left.at;
+  const Index a_row = left.row_step, a_k = left.step;
+  for (; depth > 0; depth -= 32, a += left.chunk_step) {
+    const Index some = std::min<Index>(32, depth);
+    for (Index k = 0; k < some; k += M::kDepth, panel += M::kDepth * kPanel) {
+      typename M::Vector columns[kVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) columns[v] = M::columns(panel + 16 * M::kDepth * v);
+#pragma GCC unroll 12
+      for (int row = 0; row < kCount; ++row) {
+        const auto value = M::value(a + row * a_row + k * a_k);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sums[row][v] = M::add(sums[row][v], value, columns[v]);
+      }
+    }
+  }
+#pragma GCC unroll 12
+  for (int row = 0; row < kCount; ++row)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v)
+      _mm512_mask_storeu_ps(c + row * c_row + 16 * v, v + 1 < kVectors ? __mmask16(0xffff) : last, sums[row][v]);
+}
+
+template <int kCount, int kVectors, typename C>
+inline void tiles(Index rows, Left<C> left, const C* panel, Index depth, __mmask16 last, float* c, Index c_row) {
+  for (; rows >= kCount; rows -= kCount, left = left.from_row(kCount), c += kCount * c_row)
+    tile<kCount, kVectors>(left, panel, depth, last, c, c_row);
+  if constexpr (kCount > 1) {
+    constexpr int kFewer = kCount > 8 ? 8 : kCount / 2;
+    if (rows) tiles<kFewer, kVectors>(rows, left, panel, depth, last, c, c_row);
+  }
+}
+
+// c (rows × columns) = left · panels, of which the last may be wider than what is left of the columns.
+template <typename C>
+void product(Index rows, Index columns, Index depth, Left<C> left, const C* panels, float* c, Index c_row) {
+  for (Index start = 0; start < columns; start += kPanel, panels += depth * kPanel) {
+    const Index some = std::min(kPanel, columns - start);
+    const auto last = static_cast<__mmask16>((1u << (some > 16 ? some - 16 : some)) - 1u);
+    if (some > 16) {
+      tiles<kRows, 2>(rows, left, panels, depth, last, c + start, c_row);
+    } else {
+      tiles<kRows, 1>(rows, left, panels, depth, last, c + start, c_row);
+    }
+  }
+}
+
+// c (12 × 32) += one group of 12 columns, transposed, · one panel; depth rows of both. From nothing if `first`; only so
+// many rows and columns are written.
+template <typename C>
+inline void add_tile(const C* group, const C* panel, Index depth, bool first, Index rows, Index columns, float* c,
+                     Index c_row) {
+  using M = Multiplied<C>;
+  const auto mask = [](Index some) { return static_cast<__mmask16>(some >= 16 ? 0xffffu : (1u << some) - 1u); };
+  const __mmask16 left = mask(columns), right = mask(std::max<Index>(0, columns - 16));
+  __m512 sums[kRows][2];
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row) sums[row][0] = sums[row][1] = _mm512_setzero_ps();
+  if (!first) {
+#pragma GCC unroll 12
+    for (int row = 0; row < kRows; ++row) {
+      sums[row][0] = _mm512_loadu_ps(c + row * c_row);
+      sums[row][1] = _mm512_loadu_ps(c + row * c_row + 16);
+    }
+  }
+  for (Index k = 0; k < depth; k += M::kDepth, group += M::kDepth * kRows, panel += M::kDepth * kPanel) {
+    const auto near = M::columns(panel), far = M::columns(panel + 16 * M::kDepth);
+#pragma GCC unroll 12
+    for (int row = 0; row < kRows; ++row) {
+      const auto value = M::value(group + M::kDepth * row);
+      sums[row][0] = M::add(sums[row][0], value, near);
+      sums[row][1] = M::add(sums[row][1], value, far);
+    }
+  }
+#pragma GCC unroll 12
+  for (int row = 0; row < kRows; ++row) {
+    if (row < rows) {
+      _mm512_mask_storeu_ps(c + row * c_row, left, sums[row][0]);
+      _mm512_mask_storeu_ps(c + row * c_row + 16, right, sums[row][1]);
+    }
+  }
+}
+
+// ---- Types, and how matrices are laid out.
+
+inline std::uint32_t pair(BFloat16 first, BFloat16 second) {
+  return first.bits | static_cast<std::uint32_t>(second.bits) << 16;
+}
+
+template <typename To, typename From>
+inline void convert(const From* __restrict in, Index count, To* __restrict out) {
+  for (Index i = 0; i < count; ++i) out[i] = narrow<To>(widen(in[i]));
+}
+
+// A matrix as it is multiplied: in its own place where that has the type, else a copy of these rows.
+template <typename C, typename T>
+inline const C* as_multiplied(const T* in, Index count, C* copy) {
+  if constexpr (std::is_same_v<T, C>) {
+    return in;
+  } else {
+    convert(in, count, copy);
+    return copy;
+  }
+}
+
+inline BFloat16 as_bf16(BFloat16 value) { return value; }
+inline BFloat16 as_bf16(float value) { return narrow<BFloat16>(value); }
+
+// Rows of kWidth values, two at a time, to where a row or a pair of rows lies.
+template <Index kWidth, typename From>
+inline void store_rows(const From* in, Index stride, Index rows, float* out) {
+  for (Index row = 0; row < rows; ++row)
+    for (Index i = 0; i < kWidth; ++i) out[row * kWidth + i] = widen(in[row * stride + i]);
+}
+
+template <Index kWidth, typename From>
+inline void store_rows(const From* in, Index stride, Index rows, BFloat16* out) {
+  for (Index row = 0; row < rows; row += 2) {
+    const From* __restrict first = in + row * stride;
+    std::uint32_t both[kWidth];
+    if (row + 1 < rows) {
+      const From* __restrict second = first + stride;
+      for (Index i = 0; i < kWidth; ++i) both[i] = pair(as_bf16(first[i]), as_bf16(second[i]));
+    } else {
+      for (Index i = 0; i < kWidth; ++i) both[i] = as_bf16(first[i]).bits;
+    }
+    std::memcpy(out + row * kWidth, both, sizeof both);
+  }
+}
+
+// Rows → (columns / kWidth, depth, kWidth): their place in panels or groups that have `depth` rows. The last one is
+// filled up with zeros.
+template <Index kWidth, typename C, typename From>
+inline void lay_out(const From* in, Index stride, Index rows, Index columns, Index depth, C* out) {
+  const Index whole = columns / kWidth, rest = columns - whole * kWidth;
+  for (Index g = 0; g < whole; ++g) store_rows<kWidth>(in + g * kWidth, stride, rows, out + g * depth * kWidth);
+  for (Index row = 0; rest && row < rows; row += 2) {
+    float filled[2 * kWidth] = {};
+    const Index both = std::min<Index>(2, rows - row);
+    for (Index r = 0; r < both; ++r)
+      for (Index i = 0; i < rest; ++i) filled[r * kWidth + i] = widen(in[(row + r) * stride + whole * kWidth + i]);
+    store_rows<kWidth>(filled, kWidth, both, out + (whole * depth + row) * kWidth);
+  }
+}
+
+}  // namespace
+
+// How tensors lie in memory and are multiplied: 0 in single precision, 1 in bfloat16 and in single precision, 2 in
+// bfloat16, with dinov2_multiplies_bf16 alone.
+#ifdef __AVX512BF16__
+#define MULTIPLY(function, ...)               \
+  if (how == 2) {                             \
+    using T = BFloat16;                       \
+    function<T, BFloat16>(__VA_ARGS__);       \
+  } else if (how == 1) {                      \
+    using T = BFloat16;                       \
+    function<T, float>(__VA_ARGS__);          \
+  } else {                                    \
+    using T = float;                          \
+    function<T, float>(__VA_ARGS__);          \
+  }
+#else
+#define MULTIPLY(function, ...)               \
+  if (how) {                                  \
+    using T = BFloat16;                       \
+    function<T, float>(__VA_ARGS__);          \
+  } else {                                    \
+    using T = float;                          \
+    function<T, float>(__VA_ARGS__);          \
+  }
+#endif
+
+#endif
