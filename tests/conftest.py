@@ -1,5 +1,5 @@
-"""A SLURM that says what a test wants, a user without settings, processors of one maker or another, compiled code or
-none."""
+"""A SLURM that says what a test wants, a user without settings, processors of one maker or another, compiled code
+or none, random numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from dinov2_fsdp import native
 from dinov2_fsdp.models import products
@@ -76,3 +78,10 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip("nothing was compiled for this processor")
     else:
         yield request.param
+
+
+@pytest.fixture
+def random() -> Callable[..., Tensor]:
+    """Numbers of a normal distribution, the same ones in every run: takes a shape."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator)

@@ -25,12 +25,6 @@ SUMS = {torch.float32: {"rtol": 1e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 1e
 """Tolerances of sums over rows, which compiled code keeps in fp32 whatever the type."""
 
 
-@pytest.fixture
-def random() -> Callable[..., Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return lambda *shape: torch.randn(*shape, generator=generator)
-
-
 def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.double(), expected.double(), **TOLERANCES[dtype])
 
@@ -41,7 +35,7 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     torch.backends.cpu.get_cpu_capability() not in native.VARIANTS, reason="nothing is compiled for this processor"
 )
 def test_an_installation_with_a_compiler_has_compiled_code_on_torchs_own_threads() -> None:
-    assert native.variant() in ("avx512", "avx2")
+    assert native.variant() in ("avx512_bf16", "avx512", "avx2")
     assert native.parallel_library() is not None
 
 
@@ -254,62 +248,82 @@ def test_heads_are_split_and_joined_without_a_change(
     assert torch.equal(target[:, 2], packed[:, 2] * 0.5)
 
 
-def has_attention() -> bool:
+def has_branches() -> bool:
     library = native.parallel_library()
-    return library is not None and library.has_attention
+    return library is not None and library.has_branches
 
 
-@pytest.mark.skipif(not has_attention(), reason="compiled attention needs AVX-512")
-@pytest.mark.parametrize("keep", [torch.float32, torch.bfloat16, None])
+@pytest.mark.skipif(not has_branches(), reason="compiled attention needs AVX-512")
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("how", [fused.BY_FP32, fused.WIDENED, fused.BY_BF16])
 @pytest.mark.parametrize(
     "shape",
-    # Rows left over by twelves, eights, fours, twos; columns by pairs of vectors and by single ones.
+    # Rows left over by twelves, eights, fours, twos; columns by pairs of vectors and by single ones; odd numbers.
     [(2, 257, 2, 64), (3, 50, 6, 64), (2, 47, 3, 24), (40, 1, 2, 64), (5, 16, 4, 40), (1, 97, 1, 17), (7, 33, 2, 32)],
 )
 def test_compiled_attention_and_its_gradient_are_those_of_double_precision(
-    shape: tuple[int, ...], keep: torch.dtype | None, random: Callable[..., Tensor]
+    shape: tuple[int, ...], how: int, keep: bool, random: Callable[..., Tensor]
 ) -> None:
+    if how == fused.BY_BF16 and not fused.loaded().multiplies_bf16:
+        pytest.skip("this processor has no instructions for it")
     sequences, length, heads, dim = shape
-    qkv = (2 * random(sequences * length, 3, heads, dim)).requires_grad_()
+    dtype = torch.float32 if how == fused.BY_FP32 else torch.bfloat16
+    qkv = (2 * random(sequences * length, 3, heads, dim)).to(dtype).requires_grad_()
     wide = qkv.detach().double().requires_grad_()
     query, key, value = wide.view(sequences, length, 3, heads, dim).permute(2, 0, 3, 1, 4)
     weights = (query @ key.mT / dim**0.5).softmax(-1)
     expected = (weights @ value).transpose(1, 2).reshape(sequences * length, heads * dim)
     with torch.no_grad():
-        found, kept = fused.attention(qkv.detach(), sequences, keep)
-        torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=1e-5)
-        if keep is None:
+        found = torch.full((sequences * length, heads * dim), torch.nan, dtype=dtype)
+        kept = fused.attention(qkv.detach(), sequences, keep, how, found)
+        if dtype == torch.float32:
+            torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=1e-5)
+        # Of bf16: what rounding to it makes of each value, and of the weights before they are multiplied.
+        assert (found.double() - expected).norm() <= (1e-6 if dtype == torch.float32 else 3e-3) * expected.norm()
+        if not keep:
             assert kept.numel() == 0
             return
-        assert kept.dtype == keep
-        close(kept, weights.flatten(0, 1), keep)
-        grad = random(*expected.shape)
-        of_qkv = fused.attention_backward(grad, qkv.detach().to(keep), kept, sequences)
-    assert of_qkv.dtype == torch.float32
+        assert kept.dtype == dtype
+        close(kept, weights.flatten(0, 1), dtype)
+        grad, of_qkv = random(*expected.shape), torch.full(qkv.shape, torch.nan)
+        fused.attention_backward(grad, qkv.detach(), kept, sequences, how, of_qkv)
     expected.backward(grad.double())
-    if keep == torch.float32:
+    if dtype == torch.float32:
         torch.testing.assert_close(of_qkv.double(), wide.grad, rtol=5e-5, atol=2e-5)
     assert (of_qkv.double() - wide.grad).norm() <= 1e-2 * wide.grad.norm()
 
 
-@pytest.mark.skipif(not has_attention(), reason="compiled attention needs AVX-512")
-@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
-def test_a_gradient_of_another_type_is_taken_in_fp32(kept: torch.dtype, random: Callable[..., Tensor]) -> None:
+@pytest.mark.skipif(not has_branches(), reason="compiled attention needs AVX-512")
+@pytest.mark.parametrize("how", [fused.BY_FP32, fused.WIDENED])
+def test_a_gradient_of_another_type_is_taken_in_fp32(how: int, random: Callable[..., Tensor]) -> None:
     """As it comes from a backward pass under an autocast that the forward pass was not under."""
     qkv, grad = random(2 * 50, 3, 2, 16), random(2 * 50, 32).bfloat16()
-    _, weights = fused.attention(qkv, 2, kept)
-    expected = fused.attention_backward(grad.float(), qkv, weights, 2)
-    assert torch.equal(fused.attention_backward(grad, qkv, weights, 2), expected)
+    kept = qkv if how == fused.BY_FP32 else qkv.bfloat16()
+    weights = fused.attention(kept, 2, True, how, kept.new_empty(2 * 50, 32))
+    expected = fused.attention_backward(grad.float(), kept, weights, 2, how, torch.empty_like(qkv))
+    assert torch.equal(fused.attention_backward(grad, kept, weights, 2, how, torch.empty_like(qkv)), expected)
     with pytest.raises(TypeError, match="no attention for a gradient"):
-        torch.ops.dinov2_fsdp.attention_backward(grad, qkv.to(kept), weights, 2)
+        torch.ops.dinov2_fsdp.attention_backward(grad, kept, weights, 2, how, torch.empty_like(qkv))
 
 
-@pytest.mark.skipif(not has_attention(), reason="compiled attention needs AVX-512")
+@pytest.mark.skipif(not has_branches(), reason="compiled attention needs AVX-512")
+def test_what_attention_cannot_multiply_is_refused(random: Callable[..., Tensor]) -> None:
+    qkv = random(2 * 50, 3, 2, 16)
+    with pytest.raises(TypeError, match="not multiplied like this"):
+        fused.attention(qkv, 2, True, fused.WIDENED, qkv.new_empty(100, 32))
+    with pytest.raises(TypeError, match="not multiplied like this"):
+        fused.attention(qkv.bfloat16(), 2, True, fused.BY_FP32, torch.empty(100, 32, dtype=torch.bfloat16))
+    with pytest.raises(TypeError, match="no attention from"):
+        fused.attention(qkv, 2, True, fused.BY_FP32, torch.empty(100, 32, dtype=torch.bfloat16))
+
+
+@pytest.mark.skipif(not has_branches(), reason="compiled attention needs AVX-512")
 def test_what_compiled_attention_multiplies_is_counted(random: Callable[..., Tensor]) -> None:
     qkv = random(2 * 50, 3, 2, 16)
     with FlopCounterMode(display=False) as counter:
-        out, weights = fused.attention(qkv, 2, torch.float32)
-        fused.attention_backward(out, qkv, weights, 2)
+        out = torch.empty(2 * 50, 32)
+        weights = fused.attention(qkv, 2, True, fused.BY_FP32, out)
+        fused.attention_backward(out, qkv, weights, 2, fused.BY_FP32, torch.empty_like(qkv))
     assert counter.get_total_flops() == 6 * 2 * (2 * 2 * 50 * 50 * 16)
     assert not fused.attention_compiled(qkv.bfloat16())
 
@@ -354,10 +368,12 @@ def test_the_number_of_threads_changes_nothing(dtype: torch.dtype, random: Calla
             normed, mean, scale = fused.layer_norm(rows, weight, weight, 1e-6)
             backward = fused.layer_norm_backward(grad, rows, mean, scale, weight, weight)
             found.append([normed, *backward, fused.sum_rows(rows), *fused.gelu_backward(grad.clone(), rows)])
-            if has_attention() and dtype == torch.float32:
+            if has_branches() and dtype == torch.float32:
                 qkv = rows[:480].view(5 * 32, 3, 4, 24)
-                out, weights = fused.attention(qkv, 5, torch.float32)
-                found[-1] += [out, weights, fused.attention_backward(out, qkv, weights, 5)]
+                out = torch.empty(160, 96)
+                weights = fused.attention(qkv, 5, True, fused.BY_FP32, out)
+                of_qkv = torch.empty_like(qkv)
+                found[-1] += [out, weights, fused.attention_backward(out, qkv, weights, 5, fused.BY_FP32, of_qkv)]
     finally:
         torch.set_num_threads(before)
     for others in found[1:]:

@@ -186,8 +186,9 @@ def attention_backward(grad: Tensor, qkv: Tensor, weights: Tensor, sequences: in
 
 def _attention(qkv: Tensor, sequences: int, keep: bool, how: int, target: Tensor) -> Tensor:
     rows, _, heads, dim = qkv.shape
-    if not qkv.is_contiguous() or not target.is_contiguous() or target.dtype != qkv.dtype:
-        raise TypeError(f"no attention from {qkv.dtype} to {target.dtype}, if one of them has gaps in memory")
+    fits = target.shape == (rows, heads * dim) and target.dtype == qkv.dtype
+    if not (fits and qkv.is_contiguous() and target.is_contiguous()):
+        raise TypeError(f"no attention from {qkv.dtype} to {target.dtype} of shape {tuple(target.shape)}")
     how = _checked(how, qkv)
     length = rows // sequences
     weights = qkv.new_empty(sequences * heads if keep else 0, length, length)
@@ -201,7 +202,8 @@ def _attention_backward(
     grad: Tensor, qkv: Tensor, weights: Tensor, sequences: int, how: int, target: Tensor
 ) -> None:
     rows, _, heads, dim = qkv.shape
-    if not grad.dtype == target.dtype == torch.float32 or qkv.dtype != weights.dtype:
+    fits = target.shape == qkv.shape and target.is_contiguous() and qkv.dtype == weights.dtype
+    if not (fits and grad.dtype == target.dtype == torch.float32):
         raise TypeError(f"no attention for a gradient in {grad.dtype} of {qkv.dtype} and {weights.dtype}")
     how = _checked(how, qkv)
     shape = (sequences, rows // sequences, heads, dim, dim**-0.5)

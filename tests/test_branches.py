@@ -1,0 +1,196 @@
+"""Whole branches by compiled code, against double precision and against the same branches in parts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dinov2_fsdp import native
+from dinov2_fsdp.models import branches, frugal, fused, products
+from dinov2_fsdp.models.frugal_attention import attention_branch
+from dinov2_fsdp.models.layout import Layout
+
+_library = native.parallel_library()
+pytestmark = pytest.mark.skipif(
+    _library is None or not _library.has_branches, reason="branches need AVX-512 and an installation with a compiler"
+)
+
+HOWS = [fused.BY_FP32, fused.WIDENED, fused.BY_BF16]
+
+# Dimensions with and without a rest of a group of twelve; more rows than are taken at a time, by blocks and by tiles
+# left over, odd and even.
+SIZES = [(64, ((3, 47), (2, 5))), (96, ((1, 1600),)), (192, ((5, 33), (7, 10), (1, 2)))]
+
+
+@pytest.fixture(params=HOWS, ids=["fp32", "bf16 as fp32", "bf16"])
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How branches are multiplied, whatever this processor would rather do."""
+    if request.param == fused.BY_BF16 and not fused.loaded().multiplies_bf16:
+        pytest.skip("this processor has no instructions for it")
+    monkeypatch.setattr(products, "bf16_is_fast", lambda: request.param != fused.WIDENED)
+    monkeypatch.setattr(products, "processor_maker", lambda: "AuthenticAMD")
+    return int(request.param)
+
+
+def dtype_of(how: int) -> torch.dtype:
+    return torch.float32 if how == fused.BY_FP32 else torch.bfloat16
+
+
+class Branch(nn.Module):
+    """A feed-forward or attention branch of a block whose every parameter differs from what it is made with."""
+
+    def __init__(self, kind: str, dim: int, groups: tuple[tuple[int, int], ...], scaled: bool, onto: bool) -> None:
+        super().__init__()
+        self.kind, self.layout, self.onto = kind, Layout(groups), onto
+        wide, between = (4 * dim, 4 * dim) if kind == "feed forward" else (3 * dim, dim)
+        self.norm, self.first, self.second = nn.LayerNorm(dim), nn.Linear(dim, wide), nn.Linear(between, dim)
+        self.gamma = nn.Parameter(torch.randn(dim)) if scaled else None
+        nn.init.normal_(self.norm.weight, 1, 0.1)
+        nn.init.normal_(self.norm.bias, 0, 0.1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        layers = (self.norm, self.first, self.second)
+        if self.kind == "feed forward":
+            norm, first, second = layers
+            return frugal.feed_forward(tokens, norm, first, "gelu", second, self.gamma, self.onto)
+        return attention_branch(tokens, self.layout, 2, *layers, self.gamma, self.onto)
+
+    def plain(self, tokens: Tensor) -> Tensor:
+        """The same as plain operations."""
+        hidden = self.first(self.norm(tokens))
+        if self.kind == "feed forward":
+            found = nn.functional.gelu(hidden)
+        else:
+            parts = []
+            for start, end, sequences, length in self.layout.spans():
+                qkv = hidden[start:end].view(sequences, length, 3, 2, -1).permute(2, 0, 3, 1, 4)
+                weights = (qkv[0] @ qkv[1].mT / qkv.shape[-1] ** 0.5).softmax(-1)
+                parts.append((weights @ qkv[2]).transpose(1, 2).reshape(end - start, -1))
+            found = torch.cat(parts)
+        out = self.second(found)
+        out = out if self.gamma is None else out * self.gamma
+        return tokens + out if self.onto else out
+
+    def gradients(self, tokens: Tensor, grad: Tensor, run: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """The result, and the gradients in the tokens and in every parameter."""
+        tokens = tokens.clone().requires_grad_()
+        self.zero_grad()
+        out = run(tokens)
+        out.backward(grad)
+        return [out.detach(), *(given.grad for given in (tokens, *self.parameters()) if given.grad is not None)]
+
+
+@pytest.mark.parametrize("scaled", [True, False], ids=["LayerScale", "none"])
+@pytest.mark.parametrize("onto", [True, False], ids=["added to its tokens", "alone"])
+@pytest.mark.parametrize(("dim", "groups"), SIZES)
+@pytest.mark.parametrize("kind", ["feed forward", "attention"])
+def test_a_branch_and_its_gradients_are_those_of_double_precision(
+    kind: str,
+    dim: int,
+    groups: tuple[tuple[int, int], ...],
+    onto: bool,
+    scaled: bool,
+    how: int,
+    random: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    branch = Branch(kind, dim, groups, scaled, onto).to(dtype_of(how))
+    rows = sum(sequences * length for sequences, length in groups)
+    tokens, grad = random(rows, dim).to(dtype_of(how)), random(rows, dim).to(dtype_of(how))
+    exact = copy.deepcopy(branch).double()
+    expected = exact.gradients(tokens.double(), grad.double(), exact.plain)
+    assert branches.applies(tokens, branch.first, branch.second, also=(branch.norm.weight, branch.norm.bias))
+    found = branch.gradients(tokens, grad, branch)
+    monkeypatch.setattr(branches, "applies", lambda *_, **__: False)
+    in_parts = branch.gradients(tokens, grad, branch)
+    for one, part, right in zip(found, in_parts, expected, strict=True):
+        assert one.dtype == dtype_of(how)
+        error, of_parts = (float((some.double() - right).norm() / right.norm()) for some in (one, part))
+        assert error <= max(2 * of_parts, 1e-6)
+        # Not only as bad as something else.
+        assert error <= (5e-6 if how == fused.BY_FP32 else 1.5e-2)
+
+
+@pytest.mark.parametrize("kind", ["feed forward", "attention"])
+def test_neither_threads_nor_rows_at_a_time_change_a_bit(kind: str, how: int, random: Callable[..., Tensor]) -> None:
+    """More threads take more rows at a time, from 3 on; there are twice as many here as three take."""
+    torch.manual_seed(0)
+    branch = Branch(kind, 64, ((10, 471),), True, True).to(dtype_of(how))
+    tokens, grad = random(4710, 64).to(dtype_of(how)), random(4710, 64).to(dtype_of(how))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            found.append(branch.gradients(tokens, grad, branch))
+    finally:
+        torch.set_num_threads(before)
+    for others in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[0], others, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["feed forward", "attention"])
+def test_without_a_backward_pass_the_result_is_the_same(kind: str, how: int, random: Callable[..., Tensor]) -> None:
+    branch = Branch(kind, 64, ((3, 47),), True, True).to(dtype_of(how))
+    tokens = random(141, 64).to(dtype_of(how))
+    with torch.no_grad():
+        found = branch(tokens)
+    assert not found.requires_grad
+    assert torch.equal(found, branch(tokens).detach())
+
+
+@pytest.mark.parametrize("kind", ["feed forward", "attention"])
+def test_what_a_branch_multiplies_is_counted_as_of_the_parts(
+    kind: str, random: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    branch, tokens = Branch(kind, 64, ((3, 47),), True, True), random(141, 64)
+    counts = []
+    for whole in (True, False):
+        if not whole:
+            monkeypatch.setattr(branches, "applies", lambda *_, **__: False)
+        with FlopCounterMode(display=False) as counter:
+            branch.gradients(tokens, tokens, branch)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_gradient_of_another_type_or_with_gaps_is_taken(how: int, random: Callable[..., Tensor]) -> None:
+    """As it comes from under an autocast, or from a sum: one value for all rows."""
+    for kind in ("feed forward", "attention"):
+        branch = Branch(kind, 64, ((3, 47),), True, True).to(dtype_of(how))
+        tokens, grad = random(141, 64).to(dtype_of(how)), random(1, 64).to(dtype_of(how))
+        expected = branch.gradients(tokens, grad.expand(141, 64).contiguous(), branch)
+        found = branch.gradients(tokens, grad.expand(141, 64), branch)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_what_a_branch_cannot_take_goes_another_way(random: Callable[..., Tensor]) -> None:
+    tokens, first, second = random(100, 64), nn.Linear(64, 256), nn.Linear(256, 64)
+    small = (torch.ones(64),)
+    assert branches.applies(tokens, first, second, also=small)
+    assert not branches.applies(tokens, nn.Linear(64, 100), nn.Linear(100, 64))  # no whole panels
+    assert not branches.applies(tokens, nn.Linear(64, 256, bias=False), second)
+    assert not branches.applies(tokens.double(), first.double(), second.double())
+    assert not branches.applies(tokens[:10], first.float(), second.float())  # too few to gain anything
+    assert not branches.applies(tokens, first, second, also=(torch.ones(64, dtype=torch.bfloat16),))
+    assert not branches.applies(random(64, 100).t(), first, second)  # not one row after the other
+    with native.switched_off():
+        assert not branches.applies(tokens, first, second)
+
+
+def test_where_bf16_has_better_instructions_libraries_use_them(
+    random: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Intel's AMX, which compiled code does not use; its AVX-512 for bf16 is slower than that for fp32."""
+    tokens, layer = random(100, 64).bfloat16(), nn.Linear(64, 64).bfloat16()
+    monkeypatch.setattr(products, "processor_maker", lambda: "GenuineIntel")
+    monkeypatch.setattr(products, "bf16_is_fast", lambda: True)
+    assert not branches.applies(tokens, layer)
+    assert branches.applies(tokens.float(), layer.float())
+    monkeypatch.setattr(products, "bf16_is_fast", lambda: False)
+    assert branches.applies(tokens, layer.bfloat16())
