@@ -33,9 +33,10 @@ from dinov2_fsdp.data.batch import Microbatch
 from dinov2_fsdp.data.loader import build_loader
 from dinov2_fsdp.data.sources import open_source
 from dinov2_fsdp.errors import run_cli
-from dinov2_fsdp.models.fused import attention, attention_backward
+from dinov2_fsdp.models import branches
+from dinov2_fsdp.models.fused import BY_BF16, BY_FP32, attention, attention_backward
 from dinov2_fsdp.models.initialise import initialise
-from dinov2_fsdp.models.products import LEAST_PARTS, bmm, by_onednn, linear, packed
+from dinov2_fsdp.models.products import LEAST_PARTS, bmm, by_onednn, linear, packed, widens
 from dinov2_fsdp.parallel.place import place_from_environment
 from dinov2_fsdp.parallel.sharding import build_networks
 from dinov2_fsdp.parallel.world import end_world, start_world
@@ -87,10 +88,12 @@ class CompiledAttention:
     heads: int
     dim: int
     backward: bool
-    kept: torch.dtype | None
-    """Of the softmax weights, and backward of queries, keys and values."""
+    how: int
 
-    dtype = torch.float32
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it multiplies."""
+        return torch.bfloat16 if self.how == BY_BF16 else torch.float32
 
     @property
     def flops(self) -> int:
@@ -112,15 +115,41 @@ class CompiledAttention:
 
     def seconds(self, device: torch.device) -> float:
         """Return the better of what libraries take, and what the operation takes, with its softmax."""
-        packed = torch.randn(self.sequences * self.length, 3, self.heads, self.dim)
-        out, weights = attention(packed, self.sequences, self.kept or torch.float32)
-        of_kept = packed.to(weights.dtype)
+        kept = torch.float32 if self.how == BY_FP32 else torch.bfloat16
+        packed = torch.randn(self.sequences * self.length, 3, self.heads, self.dim).to(kept)
+        out, of_packed = packed.new_empty(len(packed), self.heads * self.dim), torch.empty(packed.shape)
+        weights = attention(packed, self.sequences, True, self.how, out)
+        grad = out.float()
         run: Callable[[], object] = (
-            (lambda: attention_backward(out, of_kept, weights, self.sequences))
+            (lambda: attention_backward(grad, packed, weights, self.sequences, self.how, of_packed))
             if self.backward
-            else (lambda: attention(packed, self.sequences, self.kept))
+            else (lambda: attention(packed, self.sequences, True, self.how, out))
         )
         return min(_repeated(run, device), sum(seconds_of(product, device) for product in self.products))
+
+
+def of_branch(name: str, arguments: tuple[Any, ...]) -> list[Product]:
+    """Return the products of an operation of :mod:`dinov2_fsdp.models.branches`, as libraries would be given them."""
+    matrices = [given for given in arguments if isinstance(given, Tensor) and given.dim() == 2]
+    if name == "feed_forward":
+        tokens, *weights = matrices
+    elif name == "feed_forward_backward":
+        _grad, tokens, *weights, _kept = matrices
+    elif not name.endswith("backward"):  # what the layer is given and its weight; what is added, if anything
+        tokens, *weights = matrices[:2]
+    else:  # the gradient, what the layer was given, its weight; what the gradient is added to, if anything
+        _grad, tokens, *weights = matrices[:3]
+    rows, dtype = len(tokens), torch.float32 if widens(tokens) else tokens.dtype
+
+    def of(weight: Tensor) -> list[Product]:
+        out, inner = weight.shape
+        given, grad = Operand((rows, inner), (inner, 1)), Operand((rows, out), (out, 1))
+        if not name.endswith("backward"):
+            return [Product(given, Operand((inner, out), (1, inner), packed=True), dtype)]
+        of_weight = Product(Operand((out, rows), (1, out)), given, dtype)
+        return [Product(grad, Operand((out, inner), (inner, 1)), dtype), of_weight]
+
+    return [product for weight in weights for product in of(weight)]
 
 
 MATRICES = {"mm": (0, 1), "addmm": (1, 2), "addmm_": (1, 2), "bmm": (0, 1), "_linear_pointwise": (0, 1)}
@@ -147,11 +176,14 @@ class ProductRecorder(TorchDispatchMode):
             if left.numel() and right.numel():
                 self.products[Product(_operand(left), second, left.dtype)] += 1
         elif func.namespace == "dinov2_fsdp":
-            backward = func.overloadpacket.__name__ == "attention_backward"
-            qkv, sequences = (args[1], args[3]) if backward else args[:2]
-            length, _, heads, dim = len(qkv) // sequences, *qkv.shape[1:]
-            kept = qkv.dtype if backward else (torch.bfloat16 if args[3] else torch.float32) if args[2] else None
-            self.products[CompiledAttention(sequences, length, heads, dim, backward, kept)] += 1
+            name = func.overloadpacket.__name__
+            if name in ("attention", "attention_backward"):
+                backward = name == "attention_backward"
+                qkv, sequences, how = (args[1], args[3], args[4]) if backward else (args[0], args[1], args[3])
+                length, _, heads, dim = len(qkv) // sequences, *qkv.shape[1:]
+                self.products[CompiledAttention(sequences, length, heads, dim, backward, how)] += 1
+            else:
+                self.products.update(of_branch(name, args))
         elif func.overloadpacket.__name__ == "convolution" and (batch := _batch_of(*args)):
             self.products[batch] += 1
         elif func.overloadpacket.__name__ in ("baddbmm", "convolution", "convolution_backward") or (
@@ -236,10 +268,25 @@ def seconds_of(product: Product | CompiledAttention, device: torch.device) -> fl
             ways.append(lambda: linear(left, right.t()))
         if left.dim() == 3 and by_onednn(left[0], right[0]):
             ways.append(lambda: bmm(left, right))
+        if left.dim() == 2:
+            ways += _own_ways(left, right)
         if product.right.packed:
             weight = packed(right.t(), LEAST_PARTS)
             ways.append(lambda: linear(left, weight))
         return min(_repeated(way, device) for way in ways)
+
+
+def _own_ways(left: Tensor, right: Tensor) -> list[Callable[[], object]]:
+    """Return this project's own products of these, alone, if it has any for them."""
+    turned, weight = left.t(), right.t().contiguous()
+    if left.is_contiguous() and branches.product(left, weight) is not None:
+        return [lambda: branches.product(left, weight)]
+    if turned.is_contiguous() and right.is_contiguous():
+        # The wider side is laid out by panels; whose result is turned is the same to it.
+        narrow, wide = (turned, right) if turned.shape[1] <= right.shape[1] else (right, turned)
+        if branches.product_of_rows(narrow, wide) is not None:
+            return [lambda: branches.product_of_rows(narrow, wide)]
+    return []
 
 
 def _repeated(run: Callable[[], object], device: torch.device) -> float:

@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 KINDS = {
     "attention": ("attention", "fmha", "flash"),
+    "linear layers with norms, GELU, residuals": ("feed_forward", "norm_linear", "scaled_linear"),
     "communication": ("nccl", "c10d", "gloo"),
     "matrix products": ("mm", "gemm", "cutlass", "sm80_xmma", "sm90_xmma", "nvjet", "linear", "mkldnn_convolution"),
     "GELU, gates": ("gelu", "silu"),

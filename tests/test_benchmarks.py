@@ -63,7 +63,7 @@ def test_a_step_of_many_parts_records_its_products_as_the_formula_too(monkeypatc
     assert bool(packed) == (torch.backends.cpu.get_cpu_capability() == "AVX512")
     own = [product for product in recorded if isinstance(product, CompiledAttention)]
     library = native.parallel_library()
-    assert {product.backward for product in own} == ({True, False} if library and library.has_attention else set())
+    assert {product.backward for product in own} == ({True, False} if library and library.has_branches else set())
     assert all(0 < seconds_of(product, torch.device("cpu")) < 1 for product in packed[:2] + own[:2])
 
 

@@ -145,18 +145,26 @@ def test_without_a_backward_pass_the_result_is_the_same(kind: str, how: int, ran
 
 
 @pytest.mark.parametrize("kind", ["feed forward", "attention"])
-def test_what_a_branch_multiplies_is_counted_as_of_the_parts(
-    kind: str, random: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_branch_multiplies_is_counted(kind: str, random: Callable[..., Tensor]) -> None:
     branch, tokens = Branch(kind, 64, ((3, 47),), True, True), random(141, 64)
-    counts = []
-    for whole in (True, False):
-        if not whole:
-            monkeypatch.setattr(branches, "applies", lambda *_, **__: False)
-        with FlopCounterMode(display=False) as counter:
-            branch.gradients(tokens, tokens, branch)
-        counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] > 0
+    with FlopCounterMode(display=False) as counter:
+        branch.gradients(tokens, tokens, branch)
+    linear = 2 * 141 * (branch.first.weight.numel() + branch.second.weight.numel())
+    attended = 4 * 141 * 47 * 64 if kind == "attention" else 0
+    assert counter.get_total_flops() == 3 * (linear + attended)  # twice as much backward
+
+
+@pytest.mark.parametrize("rows", [96, 1601])
+def test_products_alone_are_those_of_double_precision(rows: int, how: int, random: Callable[..., Tensor]) -> None:
+    left, right, weight = (random(*shape).to(dtype_of(how)) for shape in [(rows, 64), (rows, 96), (160, 64)])
+    for found, exact in (
+        (branches.product(left, weight), left.double() @ weight.double().t()),
+        (branches.product_of_rows(left, right), left.double().t() @ right.double()),
+    ):
+        assert found is not None
+        assert (found.double() - exact).norm() <= (1e-6 if how == fused.BY_FP32 else 3e-3) * exact.norm()
+    assert branches.product(left, weight[:, :50].contiguous()) is None
+    assert branches.product(left.double(), weight.double()) is None
 
 
 def test_a_gradient_of_another_type_or_with_gaps_is_taken(how: int, random: Callable[..., Tensor]) -> None:

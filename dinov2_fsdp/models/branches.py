@@ -1,12 +1,12 @@
 """Whole branches of a block by compiled code, for a CPU with AVX-512: nothing is left between their matrix products.
 
 Each thread takes a few rows through a whole branch (:mod:`dinov2_fsdp.native`, ``branch.cpp``), so that neither Python
-nor memory nor the other threads are waited for between norm, products, activation and residual. The same mathematics as
-:mod:`dinov2_fsdp.models.frugal` and :mod:`dinov2_fsdp.models.frugal_attention`, which run elsewhere, and with which tests
-compare it. Sums over rows go from the first row to the last: results do not depend on the number of threads.
+nor memory nor the other threads are waited for between norm, products, activation and residual. The same mathematics
+as :mod:`dinov2_fsdp.models.frugal` and :mod:`dinov2_fsdp.models.frugal_attention`, which run elsewhere, and with which
+tests compare it. Sums over rows go from the first row to the last: results do not depend on the number of threads.
 
-Tensors are fp32 or bf16. bf16 is multiplied by instructions for it where those are the faster ones; as fp32 where they are
-not (:func:`dinov2_fsdp.models.products.widens`); sums, norms and activations are in fp32.
+Tensors are fp32 or bf16. bf16 is multiplied by instructions for it where those are the faster ones, and as fp32 where
+they are not (:func:`dinov2_fsdp.models.products.widens`); sums, norms and activations are in fp32.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def applies(tokens: Tensor, *layers: nn.Linear, also: tuple[Tensor, ...] = ()) -
         return False
     # In the tokens' type, plain, one after the other in memory.
     small = (*also, *(layer.bias for layer in layers))
-    if tokens.dim() != 2 or not compiled(tokens, *(w for w in weights)) or not compiled(tokens, *small):
+    if tokens.dim() != 2 or not compiled(tokens, *weights, *small):
         return False
     return loaded().has_branches and _how(tokens) is not None
 
@@ -84,6 +84,30 @@ def attention_branch(
     layers = (norm.weight, norm.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, gamma)
     out: Tensor = _AttentionBranch.apply(tokens, *layers, layout, heads, norm.eps, onto, keep)
     return out
+
+
+def product(rows: Tensor, weight: Tensor) -> Tensor | None:
+    """Return ``rows · weightᵀ`` for ``(rows, in)`` and ``(out, in)`` as branches multiply; None where they cannot.
+
+    The product alone: it is what benchmarks measure a branch against.
+    """
+    if not _multiplies(rows, weight, also=weight.shape):
+        return None
+    return _scaled_linear(rows, weight, torch.zeros(len(weight)), None, None)
+
+
+def product_of_rows(left: Tensor, right: Tensor) -> Tensor | None:
+    """Return ``leftᵀ · right`` for ``(rows, m)`` and ``(rows, n)``, likewise."""
+    if not _multiplies(left, right, also=right.shape[1:]):
+        return None
+    out, sizes = left.new_empty(left.shape[1], right.shape[1]), (len(left), left.shape[1], right.shape[1])
+    loaded().product_of_rows(_how(left), left.data_ptr(), right.data_ptr(), *sizes, out.data_ptr())
+    return out
+
+
+def _multiplies(*matrices: Tensor, also: torch.Size) -> bool:
+    fits = all(matrix.dim() == 2 for matrix in matrices) and not any(size % COLUMNS for size in also)
+    return fits and compiled(*matrices) and loaded().has_branches and _how(matrices[0]) is not None
 
 
 class _FeedForward(torch.autograd.Function):
@@ -184,7 +208,7 @@ def _feed_forward(
     out, (mean, scale) = torch.empty_like(tokens), torch.empty(2, rows)
     kept = tokens.new_empty((rows if keep else 0, width))
     small = [_wide(part) for part in (norm_weight, norm_bias, bias1, bias2, gamma)]
-    norm, (of_first, of_second, factor) = [part.data_ptr() for part in small[:2]], [_at(part) for part in small[2:]]
+    norm, (of_first, of_second, factor) = [_at(part) for part in small[:2]], [_at(part) for part in small[2:]]
     loaded().feed_forward(
         *(_how(tokens), tokens.data_ptr(), rows, dim, width, *norm, eps, weight1.data_ptr(), of_first),
         *(weight2.data_ptr(), of_second, factor, int(onto), out.data_ptr(), kept.data_ptr() if keep else None),

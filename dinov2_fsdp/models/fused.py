@@ -198,9 +198,7 @@ def _attention(qkv: Tensor, sequences: int, keep: bool, how: int, target: Tensor
     return weights
 
 
-def _attention_backward(
-    grad: Tensor, qkv: Tensor, weights: Tensor, sequences: int, how: int, target: Tensor
-) -> None:
+def _attention_backward(grad: Tensor, qkv: Tensor, weights: Tensor, sequences: int, how: int, target: Tensor) -> None:
     rows, _, heads, dim = qkv.shape
     fits = target.shape == qkv.shape and target.is_contiguous() and qkv.dtype == weights.dtype
     if not (fits and grad.dtype == target.dtype == torch.float32):
@@ -234,8 +232,7 @@ def loaded() -> Library:
 _operations = torch.library.Library("dinov2_fsdp", "DEF")
 _operations.define("attention(Tensor qkv, int sequences, bool keep, int how, Tensor(a!) target) -> Tensor")
 _operations.define(
-    "attention_backward(Tensor grad, Tensor qkv, Tensor weights, int sequences, int how, "
-    "Tensor(a!) target) -> ()"
+    "attention_backward(Tensor grad, Tensor qkv, Tensor weights, int sequences, int how, Tensor(a!) target) -> ()"
 )
 _operations.impl("attention", _attention, "CPU")
 _operations.impl("attention_backward", _attention_backward, "CPU")

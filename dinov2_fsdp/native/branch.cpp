@@ -178,11 +178,17 @@ class OfWeight {
     }
   }
   // By all threads: (narrow, wide), of a weight that was used times `factor`; the factors' gradient, without the bias'.
+  // Without a weight the sums alone.
   template <typename T>
   void read(const T* weight, const float* factor, T* out, float* of_factor) const {
 #pragma omp for schedule(static)
     for (Index row = 0; row < narrow_; ++row) {
       const float scale = factor ? factor[row] : 1.0f;
+      if (!weight) {
+        for (Index p = 0; p < wide_ / kPanel; ++p)
+          convert(sums_.get() + p * panel_size() + row * kPanel, kPanel, out + row * wide_ + p * kPanel);
+        continue;
+      }
       double total = 0.0;
       for (Index p = 0; p < wide_ / kPanel; ++p) {
         const float* __restrict sums = sums_.get() + p * panel_size() + row * kPanel;
@@ -530,6 +536,28 @@ void scaled_linear_backward(const T* gradient, const T* in, Index rows, Index wi
   finish_scaled(total.get(), bias, factor, dim, of);
 }
 
+// out (narrow × wide) = leftᵀ · right: the product alone.
+template <typename T, typename C>
+void product_of_rows(const T* left, const T* right, Index rows, Index narrow, Index wide, T* out) {
+  const Index blocks = blocks_at_a_time(rows), depth = blocks * kBlock;
+  const OfWeight<C> sums(depth, narrow, wide);
+#pragma omp parallel
+  {
+    for (Index start = 0; start < rows; start += depth) {
+      const Index count = std::min(depth, rows - start);
+#pragma omp for schedule(dynamic)
+      for (Index at = 0; at < count; at += kBlock) {
+        const Index first = start + at, some = std::min(kBlock, rows - first);
+        lay_out<kRows>(left + first * narrow, narrow, some, narrow, depth, sums.groups(at));
+        lay_out<kPanel>(right + first * wide, wide, some, wide, depth, sums.panels(at));
+      }
+      sums.multiply(count, start == 0);
+#pragma omp barrier
+    }
+    sums.read(static_cast<const T*>(nullptr), nullptr, out, nullptr);
+  }
+}
+
 }  // namespace
 
 // `how` says it of tensors; biases, factors, norms' parameters, statistics and their gradients are in single precision.
@@ -561,6 +589,11 @@ EXPORT void dinov2_scaled_linear_backward(int how, const void* gradient, const v
                                           float* of_in, void* of_weight, float* of_bias, float* of_factor) {
   const OfScaled of = {of_weight, of_bias, of_factor};
   MULTIPLY(scaled_linear_backward, IN(gradient), IN(in), rows, width, IN(weight), bias, factor, dim, of_in, of)
+}
+
+EXPORT void dinov2_product_of_rows(int how, const void* left, const void* right, Index rows, Index narrow, Index wide,
+                                   void* out) {
+  MULTIPLY(product_of_rows, IN(left), IN(right), rows, narrow, wide, OUT(out))
 }
 
 EXPORT void dinov2_feed_forward(int how, const void* tokens, Index rows, Index dim, Index width,
