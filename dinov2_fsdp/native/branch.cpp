@@ -67,7 +67,12 @@ void pack_backward(const T* weight, Index out, Index in, const float* factor, C*
 template <typename T, typename To>
 inline void norm_row(const T* __restrict in, const float* __restrict weight, const float* __restrict bias, Index count,
                      float mean, float scale, To* __restrict out) {
-  for (Index i = 0; i < count; ++i) out[i] = narrow<To>((widen(in[i]) - mean) * scale * weight[i] + bias[i]);
+  for (Index start = 0; start < count; start += kPanel) {  // of which a row is a multiple
+    float normed[kPanel];
+    for (Index i = 0; i < kPanel; ++i)
+      normed[i] = (widen(in[start + i]) - mean) * scale * weight[start + i] + bias[start + i];
+    convert(normed, kPanel, out + start);
+  }
 }
 
 template <typename T>
@@ -247,11 +252,12 @@ void norm_linear(const T* tokens, Index rows, Index dim, Norm norm, const T* wei
     for (Index first = 0; first < rows; first += kBlock) {
       const Index some = std::min(kBlock, rows - first);
       norm_block(tokens + first * dim, some, dim, norm, means + first, scales + first, normed.get());
-      by_panels(some, width, dim, Left<C>{normed.get(), dim}, panels.get(), [&](Index p, const float* found) {
+      by_panels(some, width, dim, Left<C>{normed.get(), dim}, panels.get(), [&](Index p, float* found) {
         const float* __restrict added = bias + p * kPanel;
         for (Index row = 0; row < some; ++row) {
-          T* __restrict target = out + (first + row) * width + p * kPanel;
-          for (Index i = 0; i < kPanel; ++i) target[i] = narrow<T>(found[row * kPanel + i] + added[i]);
+          float* __restrict x = found + row * kPanel;
+          for (Index i = 0; i < kPanel; ++i) x[i] += added[i];
+          convert(x, kPanel, out + (first + row) * width + p * kPanel);
         }
       });
     }
@@ -260,20 +266,20 @@ void norm_linear(const T* tokens, Index rows, Index dim, Norm norm, const T* wei
 
 // One panel's part of a result: + bias · factor + onto.
 template <typename T>
-inline void write_linear(const float* found, Index rows, Index p, const float* bias, const float* factor, Index first,
+inline void write_linear(float* found, Index rows, Index p, const float* bias, const float* factor, Index first,
                          Index dim, const T* onto, T* out) {
   float added[kPanel];
   for (Index i = 0; i < kPanel; ++i)
     added[i] = factor ? bias[p * kPanel + i] * factor[p * kPanel + i] : bias[p * kPanel + i];
   for (Index row = 0; row < rows; ++row) {
     const Index at = (first + row) * dim + p * kPanel;
-    T* __restrict target = out + at;
+    float* __restrict x = found + row * kPanel;
     if (onto) {
-      for (Index i = 0; i < kPanel; ++i)
-        target[i] = narrow<T>(found[row * kPanel + i] + added[i] + widen(onto[at + i]));
+      for (Index i = 0; i < kPanel; ++i) x[i] += added[i] + widen(onto[at + i]);
     } else {
-      for (Index i = 0; i < kPanel; ++i) target[i] = narrow<T>(found[row * kPanel + i] + added[i]);
+      for (Index i = 0; i < kPanel; ++i) x[i] += added[i];
     }
+    convert(x, kPanel, out + at);
   }
 }
 
@@ -290,7 +296,7 @@ void scaled_linear(const T* in, Index rows, Index width, const T* weight, const 
     for (Index first = 0; first < rows; first += kBlock) {
       const Index some = std::min(kBlock, rows - first);
       const C* left = as_multiplied(in + first * width, some * width, copy.get());
-      by_panels(some, dim, width, Left<C>{left, width}, panels.get(), [&](Index p, const float* found) {
+      by_panels(some, dim, width, Left<C>{left, width}, panels.get(), [&](Index p, float* found) {
         write_linear(found, some, p, bias, factor, first, dim, onto, out);
       });
     }
@@ -312,21 +318,24 @@ void feed_forward(const T* tokens, Index rows, Index dim, Index width, Norm norm
     for (Index first = 0; first < rows; first += kBlock) {
       const Index some = std::min(kBlock, rows - first);
       norm_block(tokens + first * dim, some, dim, norm, means + first, scales + first, normed.get());
-      by_panels(some, width, dim, Left<C>{normed.get(), dim}, panels1.get(), [&](Index p, const float* found) {
+      by_panels(some, width, dim, Left<C>{normed.get(), dim}, panels1.get(), [&](Index p, float* found) {
         const float* __restrict added = bias1 + p * kPanel;
         C* __restrict target = activated.get() + p * kBlock * kPanel;
         T* __restrict hidden = kept ? kept + first * width + p * some * kPanel : nullptr;
         for (Index row = 0; row < some; ++row) {
-          float x[kPanel];
-          for (Index i = 0; i < kPanel; ++i) x[i] = found[row * kPanel + i] + added[i];
-          if (hidden)
-            for (Index i = 0; i < kPanel; ++i) hidden[row * kPanel + i] = narrow<T>(x[i]);
+          float* __restrict x = found + row * kPanel;
+          float active[kPanel];
 #pragma omp simd
-          for (Index i = 0; i < kPanel; ++i) target[row * kPanel + i] = narrow<C>(x[i] * normal(x[i]).cumulative);
+          for (Index i = 0; i < kPanel; ++i) {
+            x[i] += added[i];
+            active[i] = x[i] * normal(x[i]).cumulative;
+          }
+          if (hidden) convert(x, kPanel, hidden + row * kPanel);
+          convert(active, kPanel, target + row * kPanel);
         }
       });
       by_panels(some, dim, width, Left<C>{activated.get(), kPanel, kBlock * kPanel}, panels2.get(),
-              [&](Index p, const float* found) {
+              [&](Index p, float* found) {
                 write_linear(found, some, p, bias2, factor, first, dim, onto ? tokens : nullptr, out);
               });
     }

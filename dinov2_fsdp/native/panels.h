@@ -157,6 +157,18 @@ inline void convert(const From* __restrict in, Index count, To* __restrict out) 
   for (Index i = 0; i < count; ++i) out[i] = narrow<To>(widen(in[i]));
 }
 
+#ifdef __AVX512BF16__
+// By the processor's instruction, which takes what is too small for a normal number for zero.
+template <>
+inline void convert(const float* __restrict in, Index count, BFloat16* __restrict out) {
+  for (Index i = 0; i < count; i += 16) {
+    const auto mask = static_cast<__mmask16>(count - i >= 16 ? 0xffffu : (1u << (count - i)) - 1u);
+    const auto halves = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, in + i));
+    _mm256_mask_storeu_epi16(out + i, mask, halves);
+  }
+}
+#endif
+
 // A matrix as it is multiplied: in its own place where that has the type, else a copy of these rows.
 template <typename C, typename T>
 inline const C* as_multiplied(const T* in, Index count, C* copy) {
@@ -171,6 +183,19 @@ inline const C* as_multiplied(const T* in, Index count, C* copy) {
 inline BFloat16 as_bf16(BFloat16 value) { return value; }
 inline BFloat16 as_bf16(float value) { return narrow<BFloat16>(value); }
 
+#ifdef __AVX512BF16__
+// Up to 16 values of two rows, one after the other.
+inline __m512i both_rows(const float* first, const float* second, __mmask16 mask) {
+  const __m512 later = second ? _mm512_maskz_loadu_ps(mask, second) : _mm512_setzero_ps();
+  return (__m512i)_mm512_cvtne2ps_pbh(later, _mm512_maskz_loadu_ps(mask, first));
+}
+
+inline __m512i both_rows(const BFloat16* first, const BFloat16* second, __mmask16 mask) {
+  const __m256i later = second ? _mm256_maskz_loadu_epi16(mask, second) : _mm256_setzero_si256();
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_maskz_loadu_epi16(mask, first)), later, 1);
+}
+#endif
+
 // Rows of kWidth values, two at a time, to where a row or a pair of rows lies.
 template <Index kWidth, typename From>
 inline void store_rows(const From* in, Index stride, Index rows, float* out) {
@@ -180,6 +205,20 @@ inline void store_rows(const From* in, Index stride, Index rows, float* out) {
 
 template <Index kWidth, typename From>
 inline void store_rows(const From* in, Index stride, Index rows, BFloat16* out) {
+#ifdef __AVX512BF16__
+  alignas(64) std::uint16_t order[32];
+  for (int i = 0; i < 32; ++i) order[i] = static_cast<std::uint16_t>(i / 2 + 16 * (i % 2));
+  const __m512i by_pairs = _mm512_load_si512(order);
+  for (Index row = 0; row < rows; row += 2) {
+    const From* first = in + row * stride;
+    const From* second = row + 1 < rows ? first + stride : nullptr;
+    for (Index i = 0; i < kWidth; i += 16) {
+      const auto mask = static_cast<__mmask16>(kWidth - i >= 16 ? 0xffffu : (1u << (kWidth - i)) - 1u);
+      const __m512i both = both_rows(first + i, second ? second + i : nullptr, mask);
+      _mm512_mask_storeu_epi32(out + row * kWidth + 2 * i, mask, _mm512_permutexvar_epi16(by_pairs, both));
+    }
+  }
+#else
   for (Index row = 0; row < rows; row += 2) {
     const From* __restrict first = in + row * stride;
     std::uint32_t both[kWidth];
@@ -191,6 +230,7 @@ inline void store_rows(const From* in, Index stride, Index rows, BFloat16* out) 
     }
     std::memcpy(out + row * kWidth, both, sizeof both);
   }
+#endif
 }
 
 // Rows → (columns / kWidth, depth, kWidth): their place in panels or groups that have `depth` rows. The last one is
