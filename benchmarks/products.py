@@ -34,7 +34,7 @@ from dinov2_fsdp.data.loader import build_loader
 from dinov2_fsdp.data.sources import open_source
 from dinov2_fsdp.errors import run_cli
 from dinov2_fsdp.models import branches
-from dinov2_fsdp.models.fused import BY_BF16, BY_FP32, attention, attention_backward
+from dinov2_fsdp.models.fused import BY_FP32, attention, attention_backward, multiplied
 from dinov2_fsdp.models.initialise import initialise
 from dinov2_fsdp.models.products import LEAST_PARTS, bmm, by_onednn, linear, packed, widens
 from dinov2_fsdp.parallel.place import place_from_environment
@@ -93,7 +93,7 @@ class CompiledAttention:
     @property
     def dtype(self) -> torch.dtype:
         """In which it multiplies."""
-        return torch.bfloat16 if self.how == BY_BF16 else torch.float32
+        return multiplied(self.how)
 
     @property
     def flops(self) -> int:
@@ -117,9 +117,12 @@ class CompiledAttention:
         """Return the better of what libraries take, and what the operation takes, with its softmax."""
         kept = torch.float32 if self.how == BY_FP32 else torch.bfloat16
         packed = torch.randn(self.sequences * self.length, 3, self.heads, self.dim).to(kept)
-        out, of_packed = packed.new_empty(len(packed), self.heads * self.dim), torch.empty(packed.shape)
+        out, of_packed = (
+            packed.new_empty(len(packed), self.heads * self.dim),
+            torch.empty_like(packed, dtype=self.dtype),
+        )
         weights = attention(packed, self.sequences, True, self.how, out)
-        grad = out.float()
+        grad = out.to(self.dtype)
         run: Callable[[], object] = (
             (lambda: attention_backward(grad, packed, weights, self.sequences, self.how, of_packed))
             if self.backward

@@ -191,6 +191,19 @@ def test_what_a_branch_cannot_take_goes_another_way(random: Callable[..., Tensor
         assert not branches.applies(tokens, first, second)
 
 
+def test_heads_of_odd_widths_go_another_way(how: int, random: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    branch, tokens = (
+        Branch("attention", 96, ((3, 47),), True, True).to(dtype_of(how)),
+        random(141, 96).to(dtype_of(how)),
+    )
+    layers = (branch.norm, branch.first, branch.second, branch.gamma)
+    found = attention_branch(tokens, branch.layout, 32, *layers, onto=True)
+    with native.switched_off():
+        expected = attention_branch(tokens, branch.layout, 32, *layers, onto=True)
+    assert (found - expected).norm() <= (1e-6 if how == fused.BY_FP32 else 1e-2) * expected.norm()
+
+
 def test_where_bf16_has_better_instructions_libraries_use_them(
     random: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,16 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from dinov2_fsdp.models import products
-from dinov2_fsdp.models.fused import BY_BF16, BY_FP32, WIDENED, attention, attention_backward, compiled, loaded
+from dinov2_fsdp.models.fused import (
+    BY_BF16,
+    BY_FP32,
+    WIDENED,
+    attention,
+    attention_backward,
+    compiled,
+    loaded,
+    multiplied,
+)
 from dinov2_fsdp.models.layout import Layout
 
 COLUMNS = 32
@@ -177,7 +186,8 @@ class _AttentionBranch(torch.autograd.Function):
         qkv, attended, mean, scale, *weights = kept
         grad = grad.contiguous()
         of_attended, *of_second = torch.ops.dinov2_fsdp.scaled_linear_backward(grad, attended, weight2, bias2, gamma)
-        of_qkv, how = torch.empty_like(qkv, dtype=torch.float32), int(_how(tokens) or 0)
+        how = int(_how(tokens) or 0)
+        of_qkv = torch.empty_like(qkv, dtype=multiplied(how))
         for (start, end, sequences, _), some in zip(ctx.spans, weights, strict=True):
             attention_backward(of_attended[start:end], qkv[start:end], some, sequences, how, of_qkv[start:end])
         del of_attended
@@ -298,7 +308,7 @@ def _scaled_linear_backward(
     grad: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None
 ) -> list[Tensor]:
     grad, dim = _like(grad, rows), len(weight)
-    of_rows, of_weight = torch.empty(rows.shape), torch.empty_like(weight)
+    of_rows, of_weight = torch.empty_like(rows, dtype=multiplied(int(_how(rows) or 0))), torch.empty_like(weight)
     of_bias, of_gamma = torch.empty(2, dim)
     small = [_wide(bias), _wide(gamma)]
     loaded().scaled_linear_backward(

@@ -51,7 +51,8 @@ def attention_branch(
         onto: add it to the tokens.
     """
     also, keep = (norm.weight, norm.bias, *([] if gamma is None else [gamma])), frugal.keeps(qkv, proj)
-    if branches.applies(tokens, qkv, proj, also=also):
+    even = tokens.shape[-1] // heads % 2 == 0  # bf16 is multiplied in pairs
+    if even and branches.applies(tokens, qkv, proj, also=also):
         return branches.attention_branch(tokens, layout, heads, norm, qkv, proj, gamma, onto, keep)
     layers = (norm.weight, norm.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, gamma)
     out: Tensor = _AttentionBranch.apply(tokens, *layers, layout, heads, norm.eps, onto, keep)

@@ -165,6 +165,11 @@ BY_FP32, WIDENED, BY_BF16 = 0, 1, 2
 """How compiled products multiply: fp32; bf16 as fp32; bf16, if the library says that it does."""
 
 
+def multiplied(how: int) -> torch.dtype:
+    """Return the type that is multiplied, see :data:`BY_FP32`."""
+    return torch.bfloat16 if how == BY_BF16 else torch.float32
+
+
 def attention(qkv: Tensor, sequences: int, keep: bool, how: int, target: Tensor) -> Tensor:
     """Write softmax(q·kᵀ/√d)·v for ``(sequences · length, 3, heads, dim)`` to ``target``; return the softmax weights.
 
@@ -177,9 +182,12 @@ def attention(qkv: Tensor, sequences: int, keep: bool, how: int, target: Tensor)
 
 
 def attention_backward(grad: Tensor, qkv: Tensor, weights: Tensor, sequences: int, how: int, target: Tensor) -> Tensor:
-    """Write the gradient in ``qkv``, see :func:`attention`, from that in its result to ``target``; both are in fp32."""
+    """Write the gradient in ``qkv``, see :func:`attention`, from that in its result to ``target``.
+
+    Both are of the type that is multiplied (:func:`multiplied`).
+    """
     # A backward pass may be under an autocast that the forward pass was not.
-    grad, qkv = grad.to(torch.float32).contiguous(), qkv.to(weights.dtype).contiguous()
+    grad, qkv = grad.to(target.dtype).contiguous(), qkv.to(weights.dtype).contiguous()
     torch.ops.dinov2_fsdp.attention_backward(grad, qkv, weights, sequences, how, target)
     return target
 
@@ -200,24 +208,26 @@ def _attention(qkv: Tensor, sequences: int, keep: bool, how: int, target: Tensor
 
 def _attention_backward(grad: Tensor, qkv: Tensor, weights: Tensor, sequences: int, how: int, target: Tensor) -> None:
     rows, _, heads, dim = qkv.shape
-    fits = target.shape == qkv.shape and target.is_contiguous() and qkv.dtype == weights.dtype
-    if not (fits and grad.dtype == target.dtype == torch.float32):
-        raise TypeError(f"no attention for a gradient in {grad.dtype} of {qkv.dtype} and {weights.dtype}")
     how = _checked(how, qkv)
+    fits = target.shape == qkv.shape and target.is_contiguous() and qkv.dtype == weights.dtype
+    if not (fits and grad.dtype == target.dtype == multiplied(how)):
+        raise TypeError(f"no attention for a gradient in {grad.dtype} of {qkv.dtype} and {weights.dtype}")
     shape = (sequences, rows // sequences, heads, dim, dim**-0.5)
     pointers = (grad.data_ptr(), qkv.data_ptr(), weights.data_ptr())
     loaded().attention_backward(how, *pointers, *shape, target.data_ptr())
 
 
 def _checked(how: int, qkv: Tensor) -> int:
-    """Return how heads are multiplied; those of odd widths have no pairs.
+    """Return how heads are multiplied.
 
     Raises:
-        TypeError: that is not for this type, or not in this library.
+        TypeError: that is not for this type or width, or not in this library.
     """
-    if (how == BY_FP32) != (qkv.dtype == torch.float32) or (how == BY_BF16 and not loaded().multiplies_bf16):
+    if (how == BY_FP32) != (qkv.dtype == torch.float32) or (
+        how == BY_BF16 and (qkv.shape[-1] % 2 or not loaded().multiplies_bf16)  # an odd width has no pairs
+    ):
         raise TypeError(f"{qkv.dtype} is not multiplied like this here: {how}")
-    return WIDENED if how == BY_BF16 and qkv.shape[-1] % 2 else how
+    return how
 
 
 def loaded() -> Library:

@@ -8,6 +8,8 @@
 
 #ifdef __AVX512F__
 
+#include <omp.h>
+
 namespace {
 
 constexpr Index kQueries = 48;  // at a time, forward
@@ -46,6 +48,11 @@ struct Heads {
   }
 };
 
+// Heads that a thread takes one after the other: all of a sequence, whose rows they share, if there are enough of those.
+inline int heads_at_a_time(const Heads& at) {
+  return static_cast<int>(at.sequences >= 4 * omp_get_max_threads() ? at.heads : 1);
+}
+
 // Rows that are multiplied in pairs are an even number.
 template <typename C>
 inline Index depth_of(Index length) {
@@ -57,13 +64,14 @@ template <typename T, typename C>
 void attention(const T* qkv, Heads at, float factor, T* weights, T* out) {
   const Index length = at.length, dim = at.dim, row = 3 * at.stride(), count = at.sequences * at.heads;
   const Index wide = padded(length), vectors = (length + 15) / 16 * 16, depth = depth_of<C>(length);
+  const int some_heads = heads_at_a_time(at);
 #pragma omp parallel
   {
     constexpr bool kHalf = !std::is_same_v<C, float>;
     const Scratch<C> keys(dim * wide), values(depth * padded(dim)), copy(std::is_same_v<T, C> ? 1 : length * dim);
     const Scratch<float> cached(kQueries * wide), found(std::is_same_v<T, float> ? 1 : kQueries * dim);
     const Scratch<C> halves(kHalf ? kQueries * wide : 1);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, some_heads)
     for (Index i = 0; i < count; ++i) {
       const T* first = qkv + at.of(i, 3);
       const Left<C> key = read(first + at.stride(), row, length, dim, copy.get());
@@ -132,22 +140,37 @@ inline void transposed_product(Index columns, Index dim, Index length, Left<BFlo
 #endif
 
 template <typename T, typename C>
-void attention_backward(const float* gradient, const T* qkv, const T* weights, Heads at, float factor, float* of_qkv) {
+void attention_backward(const C* gradient, const T* qkv, const T* weights, Heads at, float factor, C* of_qkv) {
   const Index length = at.length, dim = at.dim, row = 3 * at.stride(), count = at.sequences * at.heads;
   const Index wide = padded(length), depth = depth_of<C>(length);
+  const int some_heads = heads_at_a_time(at);
 #pragma omp parallel
   {
     constexpr bool kHalf = !std::is_same_v<C, float>;
     const Scratch<C> panels(std::max(dim * wide, depth * padded(dim)));
     const Scratch<C> copy(std::is_same_v<T, C> ? 1 : length * std::max(length, dim));
-    const Scratch<C> halves(kHalf ? length * wide : 1), of_outs(kHalf ? length * dim : 1);
+    const Scratch<C> halves(kHalf ? length * wide : 1);
+    const Scratch<float> found(kHalf ? length * dim : 1);
     const Scratch<C> groups(kHalf ? groups_of(length) * kRows * depth : 1);
     const Scratch<float> scores(length * wide);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, some_heads)
     for (Index i = 0; i < count; ++i) {
       const T *query = qkv + at.of(i, 3), *w = weights + i * length * length;
-      float* of_query = of_qkv + at.of(i, 3);
-      const Left<C> of_out = read(gradient + at.of(i, 1), at.stride(), length, dim, of_outs.get());
+      C* of_query = of_qkv + at.of(i, 3);
+      const Left<C> of_out = {gradient + at.of(i, 1), at.stride()};
+      // Where a product goes, and what brings it to where it belongs.
+      const auto place = [&](C* target) {
+        if constexpr (kHalf) {
+          return found.get();
+        } else {
+          return target;
+        }
+      };
+      const Index found_row = kHalf ? dim : row;
+      const auto keep = [&](C* target) {
+        if constexpr (kHalf)
+          for (Index r = 0; r < length; ++r) convert(found.get() + r * dim, dim, target + r * row);
+      };
       const Left<C> value = read(query + 2 * at.stride(), row, length, dim, copy.get());
       pack_transposed(value.at, value.row_step, dim, length, panels.get());
       product(length, length, dim, of_out, panels.get(), scores.get(), wide);
@@ -169,30 +192,35 @@ void attention_backward(const float* gradient, const T* qkv, const T* weights, H
         of_scores = {scores.get(), wide};
       }
       lay_out<kPanel>(query + at.stride(), row, length, dim, depth, panels.get());
-      product(length, dim, depth, of_scores, panels.get(), of_query, row);
+      product(length, dim, depth, of_scores, panels.get(), place(of_query), found_row);
+      keep(of_query);
       lay_out<kPanel>(query, row, length, dim, depth, panels.get());
-      transposed_product(length, dim, length, of_scores, panels.get(), groups.get(), of_query + at.stride(), row);
+      C* of_key = of_query + at.stride();
+      transposed_product(length, dim, length, of_scores, panels.get(), groups.get(), place(of_key), found_row);
+      keep(of_key);
       lay_out<kPanel>(of_out.at, of_out.row_step, length, dim, depth, panels.get());
       const Left<C> kept = read(w, length, length, length, copy.get());
-      transposed_product(length, dim, length, kept, panels.get(), groups.get(), of_query + 2 * at.stride(), row);
+      C* of_value = of_key + at.stride();
+      transposed_product(length, dim, length, kept, panels.get(), groups.get(), place(of_value), found_row);
+      keep(of_value);
     }
   }
 }
 
 }  // namespace
 
-// `how`: see panels.h. The gradients are in single precision.
+// `how`: see panels.h. The gradients have the type that is multiplied.
 EXPORT void dinov2_attention(int how, const void* qkv, Index sequences, Index length, Index heads, Index dim,
                              float factor, void* weights, void* out) {
   const Heads at = {sequences, length, heads, dim};
   MULTIPLY(attention, IN(qkv), at, factor, OUT(weights), OUT(out))
 }
 
-EXPORT void dinov2_attention_backward(int how, const float* gradient, const void* qkv, const void* weights,
+EXPORT void dinov2_attention_backward(int how, const void* gradient, const void* qkv, const void* weights,
                                       Index sequences, Index length, Index heads, Index dim, float factor,
-                                      float* of_qkv) {
+                                      void* of_qkv) {
   const Heads at = {sequences, length, heads, dim};
-  MULTIPLY(attention_backward, gradient, IN(qkv), IN(weights), at, factor, of_qkv)
+  MULTIPLY(attention_backward, BETWEEN(gradient), IN(qkv), IN(weights), at, factor, BETWEEN_OUT(of_qkv))
 }
 
 #endif

@@ -472,7 +472,7 @@ void feed_forward_backward(const T* gradient, const T* tokens, Index rows, Index
 
 // The gradients of `norm_linear`, + `onto` if that is given.
 template <typename T, typename C>
-void norm_linear_backward(const float* gradient, const T* tokens, Index rows, Index dim, Index width, Norm norm,
+void norm_linear_backward(const C* gradient, const T* tokens, Index rows, Index dim, Index width, Norm norm,
                           const T* weight, const float* means, const float* scales, const T* onto, T* of_tokens,
                           OfNormLinear of) {
   const Index blocks = blocks_at_a_time(rows), depth = blocks * kBlock;
@@ -483,20 +483,18 @@ void norm_linear_backward(const float* gradient, const T* tokens, Index rows, In
 #pragma omp parallel
   {
     pack_backward(weight, width, dim, nullptr, panels.get());
-    const Scratch<C> copy(std::is_same_v<float, C> ? 1 : kBlock * width);
     const Scratch<float> normed(kBlock * dim);
     for (Index start = 0; start < rows; start += depth) {
       const Index count = std::min(depth, rows - start);
 #pragma omp for schedule(dynamic)
       for (Index at = 0; at < count; at += kBlock) {
         const Index first = start + at, some = std::min(kBlock, rows - first);
-        const float* of_out = gradient + first * width;
+        const C* of_out = gradient + first * width;
         float* of_bias = sums.of(at / kBlock);
         add_rows(of_out, some, width, of_bias);
         lay_out<kPanel>(of_out, width, some, width, depth, weight_sums.panels(at));
         back.recompute(first, some, at, normed.get());
-        const C* left = as_multiplied(of_out, some * width, copy.get());
-        back.finish(first, some, Left<C>{left, width}, panels.get(), width, normed.get(), of_bias + width);
+        back.finish(first, some, Left<C>{of_out, width}, panels.get(), width, normed.get(), of_bias + width);
       }
       weight_sums.multiply(count, start == 0);
       sums.meet((count + kBlock - 1) / kBlock);
@@ -508,10 +506,10 @@ void norm_linear_backward(const float* gradient, const T* tokens, Index rows, In
   sums.read(width + dim, dim, of.norm_bias);
 }
 
-// The gradients of `scaled_linear`; that in its input in single precision.
+// The gradients of `scaled_linear`.
 template <typename T, typename C>
 void scaled_linear_backward(const T* gradient, const T* in, Index rows, Index width, const T* weight,
-                            const float* bias, const float* factor, Index dim, float* of_in, OfScaled of) {
+                            const float* bias, const float* factor, Index dim, C* of_in, OfScaled of) {
   const Index blocks = blocks_at_a_time(rows), depth = blocks * kBlock;
   const Scratch<C> panels(dim * width);
   const OfWeight<C> weight_sums(depth, dim, width);
@@ -532,7 +530,7 @@ void scaled_linear_backward(const T* gradient, const T* in, Index rows, Index wi
         const C* left = as_multiplied(of_out, some * dim, copy.get());
         by_panels(some, width, dim, Left<C>{left, dim}, panels.get(), [&](Index p, const float* found) {
           for (Index row = 0; row < some; ++row)
-            std::memcpy(of_in + (first + row) * width + p * kPanel, found + row * kPanel, kPanel * sizeof(float));
+            convert(found + row * kPanel, kPanel, of_in + (first + row) * width + p * kPanel);
         });
       }
       weight_sums.multiply(count, start == 0);
@@ -570,6 +568,7 @@ void product_of_rows(const T* left, const T* right, Index rows, Index narrow, In
 }  // namespace
 
 // `how` says it of tensors; biases, factors, norms' parameters, statistics and their gradients are in single precision.
+// The gradients in what stands between the two layers of attention have the type that is multiplied.
 EXPORT void dinov2_norm_linear(int how, const void* tokens, Index rows, Index dim, const float* norm_weight,
                                const float* norm_bias, float epsilon, const void* weight, const float* bias,
                                Index width, void* out, float* means, float* scales) {
@@ -577,14 +576,14 @@ EXPORT void dinov2_norm_linear(int how, const void* tokens, Index rows, Index di
   MULTIPLY(norm_linear, IN(tokens), rows, dim, norm, IN(weight), bias, width, OUT(out), means, scales)
 }
 
-EXPORT void dinov2_norm_linear_backward(int how, const float* gradient, const void* tokens, Index rows, Index dim,
+EXPORT void dinov2_norm_linear_backward(int how, const void* gradient, const void* tokens, Index rows, Index dim,
                                         Index width, const float* norm_weight, const float* norm_bias,
                                         const void* weight, const float* means, const float* scales, const void* onto,
                                         void* of_tokens, float* of_norm_weight, float* of_norm_bias, void* of_weight,
                                         float* of_bias) {
   const Norm norm = {norm_weight, norm_bias, 0.0f};
   const OfNormLinear of = {of_norm_weight, of_norm_bias, of_weight, of_bias};
-  MULTIPLY(norm_linear_backward, gradient, IN(tokens), rows, dim, width, norm, IN(weight), means, scales, IN(onto),
+  MULTIPLY(norm_linear_backward, BETWEEN(gradient), IN(tokens), rows, dim, width, norm, IN(weight), means, scales, IN(onto),
          OUT(of_tokens), of)
 }
 
@@ -595,9 +594,10 @@ EXPORT void dinov2_scaled_linear(int how, const void* in, Index rows, Index widt
 
 EXPORT void dinov2_scaled_linear_backward(int how, const void* gradient, const void* in, Index rows, Index width,
                                           const void* weight, const float* bias, const float* factor, Index dim,
-                                          float* of_in, void* of_weight, float* of_bias, float* of_factor) {
+                                          void* of_in, void* of_weight, float* of_bias, float* of_factor) {
   const OfScaled of = {of_weight, of_bias, of_factor};
-  MULTIPLY(scaled_linear_backward, IN(gradient), IN(in), rows, width, IN(weight), bias, factor, dim, of_in, of)
+  MULTIPLY(scaled_linear_backward, IN(gradient), IN(in), rows, width, IN(weight), bias, factor, dim,
+           BETWEEN_OUT(of_in), of)
 }
 
 EXPORT void dinov2_product_of_rows(int how, const void* left, const void* right, Index rows, Index narrow, Index wide,

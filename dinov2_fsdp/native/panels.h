@@ -253,26 +253,34 @@ inline void lay_out(const From* in, Index stride, Index rows, Index columns, Ind
 // How tensors lie in memory and are multiplied: 0 in single precision, 1 in bfloat16 and in single precision, 2 in
 // bfloat16, with dinov2_multiplies_bf16 alone.
 #ifdef __AVX512BF16__
-#define MULTIPLY(function, ...)               \
-  if (how == 2) {                             \
-    using T = BFloat16;                       \
-    function<T, BFloat16>(__VA_ARGS__);       \
-  } else if (how == 1) {                      \
-    using T = BFloat16;                       \
-    function<T, float>(__VA_ARGS__);          \
-  } else {                                    \
-    using T = float;                          \
-    function<T, float>(__VA_ARGS__);          \
+#define MULTIPLY(function, ...)         \
+  if (how == 2) {                       \
+    using T = BFloat16;                 \
+    using C = BFloat16;                 \
+    function<T, C>(__VA_ARGS__);        \
+  } else if (how == 1) {                \
+    using T = BFloat16;                 \
+    using C = float;                    \
+    function<T, C>(__VA_ARGS__);        \
+  } else {                              \
+    using T = float;                    \
+    using C = float;                    \
+    function<T, C>(__VA_ARGS__);        \
   }
 #else
-#define MULTIPLY(function, ...)               \
-  if (how) {                                  \
-    using T = BFloat16;                       \
-    function<T, float>(__VA_ARGS__);          \
-  } else {                                    \
-    using T = float;                          \
-    function<T, float>(__VA_ARGS__);          \
+#define MULTIPLY(function, ...)         \
+  if (how) {                            \
+    using T = BFloat16;                 \
+    using C = float;                    \
+    function<T, C>(__VA_ARGS__);        \
+  } else {                              \
+    using T = float;                    \
+    using C = float;                    \
+    function<T, C>(__VA_ARGS__);        \
   }
 #endif
+// What stands between two functions, and is multiplied next.
+#define BETWEEN(pointer) static_cast<const C*>(pointer)
+#define BETWEEN_OUT(pointer) static_cast<C*>(pointer)
 
 #endif
