@@ -177,6 +177,20 @@ def test_a_gradient_of_another_type_or_with_gaps_is_taken(how: int, random: Call
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["feed forward", "attention"])
+def test_a_backward_pass_may_be_under_an_autocast(kind: str, how: int, random: Callable[..., Tensor]) -> None:
+    branch = Branch(kind, 64, ((3, 47),), True, True).to(dtype_of(how))
+    tokens = random(141, 64).to(dtype_of(how)).requires_grad_()
+    found = []
+    for enabled in (False, True):
+        out = branch(tokens)
+        tokens.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out.backward(torch.ones_like(out))
+        found.append(tokens.grad)
+    assert torch.equal(*found)
+
+
 def test_what_a_branch_cannot_take_goes_another_way(random: Callable[..., Tensor]) -> None:
     tokens, first, second = random(100, 64), nn.Linear(64, 256), nn.Linear(256, 64)
     small = (torch.ones(64),)

@@ -100,23 +100,23 @@ def product(rows: Tensor, weight: Tensor) -> Tensor | None:
 
     The product alone: it is what benchmarks measure a branch against.
     """
-    if not _multiplies(rows, weight, also=weight.shape):
-        return None
-    return _scaled_linear(rows, weight, torch.zeros(len(weight)), None, None)
+    how = _how_alone(rows, weight, also=weight.shape)
+    return None if how is None else _scaled_linear(rows, weight, torch.zeros(len(weight)), None, None, how)
 
 
 def product_of_rows(left: Tensor, right: Tensor) -> Tensor | None:
     """Return ``leftᵀ · right`` for ``(rows, m)`` and ``(rows, n)``, likewise."""
-    if not _multiplies(left, right, also=right.shape[1:]):
+    how = _how_alone(left, right, also=right.shape[1:])
+    if how is None:
         return None
     out, sizes = left.new_empty(left.shape[1], right.shape[1]), (len(left), left.shape[1], right.shape[1])
-    loaded().product_of_rows(_how(left), left.data_ptr(), right.data_ptr(), *sizes, out.data_ptr())
+    loaded().product_of_rows(how, left.data_ptr(), right.data_ptr(), *sizes, out.data_ptr())
     return out
 
 
-def _multiplies(*matrices: Tensor, also: torch.Size) -> bool:
+def _how_alone(*matrices: Tensor, also: torch.Size) -> int | None:
     fits = all(matrix.dim() == 2 for matrix in matrices) and not any(size % COLUMNS for size in also)
-    return fits and compiled(*matrices) and loaded().has_branches and _how(matrices[0]) is not None
+    return _how(matrices[0]) if fits and compiled(*matrices) and loaded().has_branches else None
 
 
 class _FeedForward(torch.autograd.Function):
@@ -135,16 +135,16 @@ class _FeedForward(torch.autograd.Function):
         onto: bool,
         keep: bool,
     ) -> Tensor:
-        ctx.onto = onto
+        ctx.onto, ctx.how = onto, _how(tokens)
         parameters = (norm_weight, norm_bias, weight1, bias1, weight2, bias2, gamma)
-        out, *kept = torch.ops.dinov2_fsdp.feed_forward(tokens, *parameters, eps, onto, keep)
+        out, *kept = torch.ops.dinov2_fsdp.feed_forward(tokens, *parameters, eps, onto, keep, ctx.how)
         ctx.save_for_backward(tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = torch.ops.dinov2_fsdp.feed_forward_backward(grad.contiguous(), *ctx.saved_tensors, ctx.onto)
+        found = torch.ops.dinov2_fsdp.feed_forward_backward(grad.contiguous(), *ctx.saved_tensors, ctx.onto, ctx.how)
         return *(part if part.numel() else None for part in found), None, None, None
 
 
@@ -166,15 +166,19 @@ class _AttentionBranch(torch.autograd.Function):
         onto: bool,
         keep: bool,
     ) -> Tensor:
-        ctx.spans, ctx.heads, ctx.onto = list(layout.spans()), heads, onto
-        qkv, mean, scale = torch.ops.dinov2_fsdp.norm_linear(tokens, norm_weight, norm_bias, weight1, bias1, eps)
+        # A backward pass may be under an autocast that this is not under, and that changes what is asked for.
+        ctx.spans, ctx.onto, ctx.how = list(layout.spans()), onto, _how(tokens)
+        qkv, mean, scale = torch.ops.dinov2_fsdp.norm_linear(
+            tokens, norm_weight, norm_bias, weight1, bias1, eps, ctx.how
+        )
         qkv, attended = qkv.unflatten(-1, (3, heads, -1)), torch.empty_like(tokens)
-        how = int(_how(tokens) or 0)
         weights = [
-            attention(qkv[start:end], sequences, keep, how, attended[start:end])
+            attention(qkv[start:end], sequences, keep, ctx.how, attended[start:end])
             for start, end, sequences, _ in ctx.spans
         ]
-        out: Tensor = torch.ops.dinov2_fsdp.scaled_linear(attended, weight2, bias2, gamma, tokens if onto else None)
+        out: Tensor = torch.ops.dinov2_fsdp.scaled_linear(
+            attended, weight2, bias2, gamma, tokens if onto else None, ctx.how
+        )
         kept = (qkv, attended, mean, scale, *weights) if keep else ()
         ctx.save_for_backward(tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept)
         return out
@@ -185,14 +189,15 @@ class _AttentionBranch(torch.autograd.Function):
         tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept = ctx.saved_tensors
         qkv, attended, mean, scale, *weights = kept
         grad = grad.contiguous()
-        of_attended, *of_second = torch.ops.dinov2_fsdp.scaled_linear_backward(grad, attended, weight2, bias2, gamma)
-        how = int(_how(tokens) or 0)
-        of_qkv = torch.empty_like(qkv, dtype=multiplied(how))
+        of_attended, *of_second = torch.ops.dinov2_fsdp.scaled_linear_backward(
+            grad, attended, weight2, bias2, gamma, ctx.how
+        )
+        of_qkv = torch.empty_like(qkv, dtype=multiplied(ctx.how))
         for (start, end, sequences, _), some in zip(ctx.spans, weights, strict=True):
-            attention_backward(of_attended[start:end], qkv[start:end], some, sequences, how, of_qkv[start:end])
+            attention_backward(of_attended[start:end], qkv[start:end], some, sequences, ctx.how, of_qkv[start:end])
         del of_attended
         of_first = torch.ops.dinov2_fsdp.norm_linear_backward(
-            of_qkv.flatten(1), tokens, norm_weight, norm_bias, weight1, mean, scale, grad if ctx.onto else None
+            of_qkv.flatten(1), tokens, norm_weight, norm_bias, weight1, mean, scale, grad if ctx.onto else None, ctx.how
         )
         found = (*of_first, *of_second)
         return *(part if part.numel() else None for part in found), None, None, None, None, None
@@ -213,6 +218,7 @@ def _feed_forward(
     eps: float,
     onto: bool,
     keep: bool,
+    how: int,
 ) -> list[Tensor]:
     (rows, dim), width = tokens.shape, len(weight1)
     out, (mean, scale) = torch.empty_like(tokens), torch.empty(2, rows)
@@ -220,7 +226,7 @@ def _feed_forward(
     small = [_wide(part) for part in (norm_weight, norm_bias, bias1, bias2, gamma)]
     norm, (of_first, of_second, factor) = [_at(part) for part in small[:2]], [_at(part) for part in small[2:]]
     loaded().feed_forward(
-        *(_how(tokens), tokens.data_ptr(), rows, dim, width, *norm, eps, weight1.data_ptr(), of_first),
+        *(how, tokens.data_ptr(), rows, dim, width, *norm, eps, weight1.data_ptr(), of_first),
         *(weight2.data_ptr(), of_second, factor, int(onto), out.data_ptr(), kept.data_ptr() if keep else None),
         *(mean.data_ptr(), scale.data_ptr()),
     )
@@ -240,6 +246,7 @@ def _feed_forward_backward(
     mean: Tensor,
     scale: Tensor,
     onto: bool,
+    how: int,
 ) -> list[Tensor]:
     grad, (rows, dim), width = _like(grad, tokens), tokens.shape, len(weight1)
     of_tokens, of_weight1, of_weight2 = torch.empty_like(tokens), torch.empty_like(weight1), torch.empty_like(weight2)
@@ -247,7 +254,7 @@ def _feed_forward_backward(
     of_bias1 = torch.empty(width)
     small = [_wide(part) for part in (norm_weight, norm_bias, bias2, gamma)]
     loaded().feed_forward_backward(
-        *(_how(tokens), grad.data_ptr(), tokens.data_ptr(), rows, dim, width, _at(small[0]), _at(small[1])),
+        *(how, grad.data_ptr(), tokens.data_ptr(), rows, dim, width, _at(small[0]), _at(small[1])),
         *(weight1.data_ptr(), weight2.data_ptr(), _at(small[2]), _at(small[3]), int(onto), kept.data_ptr()),
         *(mean.data_ptr(), scale.data_ptr(), of_tokens.data_ptr(), of_norm_weight.data_ptr()),
         *(of_norm_bias.data_ptr(), of_weight1.data_ptr(), of_bias1.data_ptr(), of_weight2.data_ptr()),
@@ -259,13 +266,13 @@ def _feed_forward_backward(
 
 
 def _norm_linear(
-    tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float
+    tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float, how: int
 ) -> list[Tensor]:
     (rows, dim), width = tokens.shape, len(weight)
     out, (mean, scale) = tokens.new_empty(rows, width), torch.empty(2, rows)
     small = [_wide(part) for part in (norm_weight, norm_bias, bias)]
     loaded().norm_linear(
-        *(_how(tokens), tokens.data_ptr(), rows, dim, _at(small[0]), _at(small[1]), eps, weight.data_ptr()),
+        *(how, tokens.data_ptr(), rows, dim, _at(small[0]), _at(small[1]), eps, weight.data_ptr()),
         *(_at(small[2]), width, out.data_ptr(), mean.data_ptr(), scale.data_ptr()),
     )
     return [out, mean, scale]
@@ -280,6 +287,7 @@ def _norm_linear_backward(
     mean: Tensor,
     scale: Tensor,
     onto: Tensor | None,
+    how: int,
 ) -> list[Tensor]:
     (rows, dim), width = tokens.shape, len(weight)
     of_tokens, of_weight, of_bias = torch.empty_like(tokens), torch.empty_like(weight), torch.empty(width)
@@ -287,7 +295,7 @@ def _norm_linear_backward(
     small = [_wide(part) for part in (norm_weight, norm_bias)]
     onto = None if onto is None else _like(onto, tokens)
     loaded().norm_linear_backward(
-        *(_how(tokens), grad.data_ptr(), tokens.data_ptr(), rows, dim, width, _at(small[0]), _at(small[1])),
+        *(how, grad.data_ptr(), tokens.data_ptr(), rows, dim, width, _at(small[0]), _at(small[1])),
         *(weight.data_ptr(), mean.data_ptr(), scale.data_ptr(), _at(onto), of_tokens.data_ptr()),
         *(of_norm_weight.data_ptr(), of_norm_bias.data_ptr(), of_weight.data_ptr(), of_bias.data_ptr()),
     )
@@ -295,24 +303,26 @@ def _norm_linear_backward(
     return [of_tokens, *(part.to(tokens.dtype) for part in found)]
 
 
-def _scaled_linear(rows: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, onto: Tensor | None) -> Tensor:
+def _scaled_linear(
+    rows: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, onto: Tensor | None, how: int
+) -> Tensor:
     out, small = rows.new_empty(len(rows), len(weight)), [_wide(bias), _wide(gamma)]
     loaded().scaled_linear(
-        *(_how(rows), rows.data_ptr(), *rows.shape, weight.data_ptr(), _at(small[0]), _at(small[1]), len(weight)),
+        *(how, rows.data_ptr(), *rows.shape, weight.data_ptr(), _at(small[0]), _at(small[1]), len(weight)),
         *(_at(onto), out.data_ptr()),
     )
     return out
 
 
 def _scaled_linear_backward(
-    grad: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None
+    grad: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, how: int
 ) -> list[Tensor]:
     grad, dim = _like(grad, rows), len(weight)
-    of_rows, of_weight = torch.empty_like(rows, dtype=multiplied(int(_how(rows) or 0))), torch.empty_like(weight)
+    of_rows, of_weight = torch.empty_like(rows, dtype=multiplied(how)), torch.empty_like(weight)
     of_bias, of_gamma = torch.empty(2, dim)
     small = [_wide(bias), _wide(gamma)]
     loaded().scaled_linear_backward(
-        *(_how(rows), grad.data_ptr(), rows.data_ptr(), *rows.shape, weight.data_ptr(), _at(small[0]), _at(small[1])),
+        *(how, grad.data_ptr(), rows.data_ptr(), *rows.shape, weight.data_ptr(), _at(small[0]), _at(small[1])),
         *(dim, of_rows.data_ptr(), of_weight.data_ptr(), of_bias.data_ptr()),
         None if gamma is None else of_gamma.data_ptr(),
     )
@@ -341,16 +351,16 @@ _operations = torch.library.Library("dinov2_fsdp", "FRAGMENT")
 _NORM = "Tensor norm_weight, Tensor norm_bias"
 for _schema, _function in {
     f"feed_forward(Tensor tokens, {_NORM}, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, Tensor? gamma, "
-    "float eps, bool onto, bool keep) -> Tensor[]": _feed_forward,
+    "float eps, bool onto, bool keep, int how) -> Tensor[]": _feed_forward,
     f"feed_forward_backward(Tensor grad, Tensor tokens, {_NORM}, Tensor weight1, Tensor weight2, Tensor bias2, "
-    "Tensor? gamma, Tensor kept, Tensor mean, Tensor scale, bool onto) -> Tensor[]": _feed_forward_backward,
-    f"norm_linear(Tensor tokens, {_NORM}, Tensor weight, Tensor bias, float eps) -> Tensor[]": _norm_linear,
-    f"norm_linear_backward(Tensor grad, Tensor tokens, {_NORM}, Tensor weight, Tensor mean, Tensor scale, Tensor? onto)"
-    " -> Tensor[]": _norm_linear_backward,
-    "scaled_linear(Tensor rows, Tensor weight, Tensor bias, Tensor? gamma, Tensor? onto) -> Tensor": _scaled_linear,
-    "scaled_linear_backward(Tensor grad, Tensor rows, Tensor weight, Tensor bias, Tensor? gamma) -> Tensor[]": (
-        _scaled_linear_backward
-    ),
+    "Tensor? gamma, Tensor kept, Tensor mean, Tensor scale, bool onto, int how) -> Tensor[]": _feed_forward_backward,
+    f"norm_linear(Tensor tokens, {_NORM}, Tensor weight, Tensor bias, float eps, int how) -> Tensor[]": _norm_linear,
+    f"norm_linear_backward(Tensor grad, Tensor tokens, {_NORM}, Tensor weight, Tensor mean, Tensor scale, "
+    "Tensor? onto, int how) -> Tensor[]": _norm_linear_backward,
+    "scaled_linear(Tensor rows, Tensor weight, Tensor bias, Tensor? gamma, Tensor? onto, "
+    "int how) -> Tensor": _scaled_linear,
+    "scaled_linear_backward(Tensor grad, Tensor rows, Tensor weight, Tensor bias, Tensor? gamma, "
+    "int how) -> Tensor[]": _scaled_linear_backward,
 }.items():
     _operations.define(_schema)
     _operations.impl(_schema.partition("(")[0], _function, "CPU")

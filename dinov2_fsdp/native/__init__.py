@@ -140,13 +140,18 @@ def _load() -> Library | None:
         return None
     for name in VARIANTS.get(torch.backends.cpu.get_cpu_capability(), ()):
         path = Path(__file__).with_name(f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}")
-        if not path.exists() or (name == "_avx512_bf16" and not torch.cpu._is_avx512_bf16_supported()):
+        if not path.exists() or (name == "_avx512_bf16" and not _has_bf16()):
             continue
         try:
             return Library(path)
         except (OSError, AttributeError) as error:  # of another system, or of other code than lies here
             _log.warning("compiled code is left alone, install this project again or delete %s: %s", path, error)
     return None
+
+
+def _has_bf16() -> bool:
+    # Not a public function: a torch that has none gets what needs no such instructions.
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
 
 
 @functools.cache
