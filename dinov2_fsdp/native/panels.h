@@ -13,6 +13,16 @@ namespace {
 
 constexpr Index kPanel = 32;  // columns of a panel: two vectors
 constexpr Index kRows = 12;   // of a tile, whose 24 sums and two columns fill 26 of 32 registers
+constexpr Index kAhead = 1024;  // bytes of a panel that are asked for before they are read: it comes from L2 or beyond
+
+// What is read of a panel at a time, two cache lines, of what comes later. Beyond its end is the next one, or nothing
+// that could fail.
+template <typename C>
+inline void ask_ahead(const C* panel) {
+  const char* at = reinterpret_cast<const char*>(panel) + kAhead;
+  _mm_prefetch(at, _MM_HINT_T0);
+  _mm_prefetch(at + 64, _MM_HINT_T0);
+}
 
 inline Index padded(Index columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
 inline Index groups_of(Index columns) { return (columns + kRows - 1) / kRows; }
@@ -71,6 +81,7 @@ inline void tile(Left<C> left, const C* panel, Index depth, __mmask16 last, floa
       typename M::Vector columns[kVectors];
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) columns[v] = M::columns(panel + 16 * M::kDepth * v);
+      ask_ahead(panel);
 #pragma GCC unroll 12
       for (int row = 0; row < kCount; ++row) {
         const auto value = M::value(a + row * a_row + k * a_k);
@@ -130,6 +141,7 @@ inline void add_tile(const C* group, const C* panel, Index depth, bool first, In
   }
   for (Index k = 0; k < depth; k += M::kDepth, group += M::kDepth * kRows, panel += M::kDepth * kPanel) {
     const auto near = M::columns(panel), far = M::columns(panel + 16 * M::kDepth);
+    ask_ahead(panel);
 #pragma GCC unroll 12
     for (int row = 0; row < kRows; ++row) {
       const auto value = M::value(group + M::kDepth * row);
