@@ -88,6 +88,8 @@ class CompiledAttention:
     heads: int
     dim: int
     backward: bool
+    keep: bool
+    """Its softmax weights, for a backward pass."""
     how: int
 
     @property
@@ -126,7 +128,7 @@ class CompiledAttention:
         run: Callable[[], object] = (
             (lambda: attention_backward(grad, packed, weights, self.sequences, self.how, of_packed))
             if self.backward
-            else (lambda: attention(packed, self.sequences, True, self.how, out))
+            else (lambda: attention(packed, self.sequences, self.keep, self.how, out))
         )
         return min(_repeated(run, device), sum(seconds_of(product, device) for product in self.products))
 
@@ -184,7 +186,8 @@ class ProductRecorder(TorchDispatchMode):
                 backward = name == "attention_backward"
                 qkv, sequences, how = (args[1], args[3], args[4]) if backward else (args[0], args[1], args[3])
                 length, _, heads, dim = len(qkv) // sequences, *qkv.shape[1:]
-                self.products[CompiledAttention(sequences, length, heads, dim, backward, how)] += 1
+                keep = backward or bool(args[2])
+                self.products[CompiledAttention(sequences, length, heads, dim, backward, keep, how)] += 1
             else:
                 self.products.update(of_branch(name, args))
         elif func.overloadpacket.__name__ == "convolution" and (batch := _batch_of(*args)):

@@ -26,27 +26,39 @@ from dinov2_fsdp.models.fused import (
     attention,
     attention_backward,
     compiled,
+    fp32,
     loaded,
     multiplied,
 )
 from dinov2_fsdp.models.layout import Layout
+from dinov2_fsdp.models.products import outside_autocast
 
 COLUMNS = 32
 """Matrices are multiplied by so many columns at a time: they have a multiple of it."""
 
 
-def applies(tokens: Tensor, *layers: nn.Linear, also: tuple[Tensor, ...] = ()) -> bool:
+def applies(tokens: Tensor, first: nn.Linear, second: nn.Linear, also: tuple[Tensor, ...] = (), parts: int = 1) -> bool:
     """Return whether a branch with these linear layers, which have biases, can be had for ``(rows, dim)`` here.
 
-    ``also``: the other parameters. Whether their types agree and what is trained is asked elsewhere
-    (:func:`dinov2_fsdp.models.frugal.applies`).
+    Whether types agree and what is trained is asked elsewhere (:func:`dinov2_fsdp.models.frugal.applies`).
+
+    Args:
+        also: the other parameters, each ``(dim,)``.
+        parts: so many times as much as the second layer takes does the first give.
     """
+    layers = (first, second)
     weights = [layer.weight for layer in layers]
     if any(layer.bias is None for layer in layers) or any(size % COLUMNS for w in weights for size in w.shape):
         return False
+    # What does not fit together is for torch to refuse.
+    wide, between = len(first.weight), second.weight.shape[1]
+    dim, shapes = tokens.shape[-1], [(wide, tokens.shape[-1]), (tokens.shape[-1], between)]
+    if tokens.dim() != 2 or wide != parts * between or [weight.shape for weight in weights] != shapes:
+        return False
+    if any(some.shape != (dim,) for some in (*also, second.bias)) or first.bias.shape != (wide,):
+        return False
     # In the tokens' type, plain, one after the other in memory.
-    small = (*also, *(layer.bias for layer in layers))
-    if tokens.dim() != 2 or not compiled(tokens, *weights, *small):
+    if not compiled(tokens, *weights, *also, first.bias, second.bias):
         return False
     return loaded().has_branches and _how(tokens) is not None
 
@@ -100,13 +112,13 @@ def product(rows: Tensor, weight: Tensor) -> Tensor | None:
 
     The product alone: it is what benchmarks measure a branch against.
     """
-    how = _how_alone(rows, weight, also=weight.shape)
-    return None if how is None else _scaled_linear(rows, weight, torch.zeros(len(weight)), None, None, how)
+    how = _how_alone(rows, weight, same=1, also=weight.shape)
+    return None if how is None else _scaled_linear(rows, weight, fp32(len(weight)).zero_(), None, None, how)
 
 
 def product_of_rows(left: Tensor, right: Tensor) -> Tensor | None:
     """Return ``leftᵀ · right`` for ``(rows, m)`` and ``(rows, n)``, likewise."""
-    how = _how_alone(left, right, also=right.shape[1:])
+    how = _how_alone(left, right, same=0, also=right.shape[1:])
     if how is None:
         return None
     out, sizes = left.new_empty(left.shape[1], right.shape[1]), (len(left), left.shape[1], right.shape[1])
@@ -114,9 +126,12 @@ def product_of_rows(left: Tensor, right: Tensor) -> Tensor | None:
     return out
 
 
-def _how_alone(*matrices: Tensor, also: torch.Size) -> int | None:
-    fits = all(matrix.dim() == 2 for matrix in matrices) and not any(size % COLUMNS for size in also)
-    return _how(matrices[0]) if fits and compiled(*matrices) and loaded().has_branches else None
+def _how_alone(*matrices: Tensor, same: int, also: torch.Size) -> int | None:
+    first, second = matrices
+    if first.dim() != 2 or second.dim() != 2 or first.shape[same] != second.shape[same]:
+        return None
+    fits = not any(size % COLUMNS for size in also) and compiled(first, second)
+    return _how(first) if fits and loaded().has_branches else None
 
 
 class _FeedForward(torch.autograd.Function):
@@ -143,6 +158,7 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         found = torch.ops.dinov2_fsdp.feed_forward_backward(grad.contiguous(), *ctx.saved_tensors, ctx.onto, ctx.how)
         return *(part if part.numel() else None for part in found), None, None, None
@@ -166,7 +182,6 @@ class _AttentionBranch(torch.autograd.Function):
         onto: bool,
         keep: bool,
     ) -> Tensor:
-        # A backward pass may be under an autocast that this is not under, and that changes what is asked for.
         ctx.spans, ctx.onto, ctx.how = list(layout.spans()), onto, _how(tokens)
         qkv, mean, scale = torch.ops.dinov2_fsdp.norm_linear(
             tokens, norm_weight, norm_bias, weight1, bias1, eps, ctx.how
@@ -185,6 +200,7 @@ class _AttentionBranch(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept = ctx.saved_tensors
         qkv, attended, mean, scale, *weights = kept
@@ -221,7 +237,7 @@ def _feed_forward(
     how: int,
 ) -> list[Tensor]:
     (rows, dim), width = tokens.shape, len(weight1)
-    out, (mean, scale) = torch.empty_like(tokens), torch.empty(2, rows)
+    out, (mean, scale) = torch.empty_like(tokens), fp32(2, rows)
     kept = tokens.new_empty((rows if keep else 0, width))
     small = [_wide(part) for part in (norm_weight, norm_bias, bias1, bias2, gamma)]
     norm, (of_first, of_second, factor) = [_at(part) for part in small[:2]], [_at(part) for part in small[2:]]
@@ -250,8 +266,8 @@ def _feed_forward_backward(
 ) -> list[Tensor]:
     grad, (rows, dim), width = _like(grad, tokens), tokens.shape, len(weight1)
     of_tokens, of_weight1, of_weight2 = torch.empty_like(tokens), torch.empty_like(weight1), torch.empty_like(weight2)
-    of_norm_weight, of_norm_bias, of_bias2, of_gamma = torch.empty(4, dim)
-    of_bias1 = torch.empty(width)
+    of_norm_weight, of_norm_bias, of_bias2, of_gamma = (fp32(dim) for _ in range(4))
+    of_bias1 = fp32(width)
     small = [_wide(part) for part in (norm_weight, norm_bias, bias2, gamma)]
     loaded().feed_forward_backward(
         *(how, grad.data_ptr(), tokens.data_ptr(), rows, dim, width, _at(small[0]), _at(small[1])),
@@ -269,7 +285,7 @@ def _norm_linear(
     tokens: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor, eps: float, how: int
 ) -> list[Tensor]:
     (rows, dim), width = tokens.shape, len(weight)
-    out, (mean, scale) = tokens.new_empty(rows, width), torch.empty(2, rows)
+    out, (mean, scale) = tokens.new_empty(rows, width), fp32(2, rows)
     small = [_wide(part) for part in (norm_weight, norm_bias, bias)]
     loaded().norm_linear(
         *(how, tokens.data_ptr(), rows, dim, _at(small[0]), _at(small[1]), eps, weight.data_ptr()),
@@ -290,8 +306,8 @@ def _norm_linear_backward(
     how: int,
 ) -> list[Tensor]:
     (rows, dim), width = tokens.shape, len(weight)
-    of_tokens, of_weight, of_bias = torch.empty_like(tokens), torch.empty_like(weight), torch.empty(width)
-    of_norm_weight, of_norm_bias = torch.empty(2, dim)
+    of_tokens, of_weight, of_bias = torch.empty_like(tokens), torch.empty_like(weight), fp32(width)
+    of_norm_weight, of_norm_bias = fp32(dim), fp32(dim)
     small = [_wide(part) for part in (norm_weight, norm_bias)]
     onto = None if onto is None else _like(onto, tokens)
     loaded().norm_linear_backward(
@@ -319,7 +335,7 @@ def _scaled_linear_backward(
 ) -> list[Tensor]:
     grad, dim = _like(grad, rows), len(weight)
     of_rows, of_weight = torch.empty_like(rows, dtype=multiplied(how)), torch.empty_like(weight)
-    of_bias, of_gamma = torch.empty(2, dim)
+    of_bias, of_gamma = fp32(dim), fp32(dim)
     small = [_wide(bias), _wide(gamma)]
     loaded().scaled_linear_backward(
         *(how, grad.data_ptr(), rows.data_ptr(), *rows.shape, weight.data_ptr(), _at(small[0]), _at(small[1])),

@@ -32,7 +32,16 @@ from dinov2_fsdp.models.fused import (
     sum_rows,
     transposed,
 )
-from dinov2_fsdp.models.products import bias_apart, by_onednn, linear, linear_onto, packed, product_of_rows, widened
+from dinov2_fsdp.models.products import (
+    bias_apart,
+    by_onednn,
+    linear,
+    linear_onto,
+    outside_autocast,
+    packed,
+    product_of_rows,
+    widened,
+)
 
 ACTIVATIONS = ("gelu", "swiglu")
 
@@ -206,6 +215,7 @@ class _NormLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, norm_weight, norm_bias, weight, *statistics = ctx.saved_tensors
         sums = Sums(1)
@@ -221,6 +231,7 @@ class _ScaledLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, bias, gamma = ctx.saved_tensors
         of_rows = linear(grad, (weight * gamma[:, None]).t())
@@ -268,6 +279,7 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept = ctx.saved_tensors
         scaled, first = widened(weight2), widened(weight1)

@@ -28,7 +28,7 @@ from dinov2_fsdp.models.fused import (
 )
 from dinov2_fsdp.models.layout import Layout
 from dinov2_fsdp.models.plain_attention import attend_parts, attend_parts_backward
-from dinov2_fsdp.models.products import linear, linear_onto, widened
+from dinov2_fsdp.models.products import linear, linear_onto, outside_autocast, widened
 
 _KEPT_EACH = 5
 """Tensors that are kept of a few sequences."""
@@ -52,7 +52,7 @@ def attention_branch(
     """
     also, keep = (norm.weight, norm.bias, *([] if gamma is None else [gamma])), frugal.keeps(qkv, proj)
     even = tokens.shape[-1] // heads % 2 == 0  # bf16 is multiplied in pairs
-    if even and branches.applies(tokens, qkv, proj, also=also):
+    if even and branches.applies(tokens, qkv, proj, also=also, parts=3):
         return branches.attention_branch(tokens, layout, heads, norm, qkv, proj, gamma, onto, keep)
     layers = (norm.weight, norm.bias, qkv.weight, qkv.bias, proj.weight, proj.bias, gamma)
     out: Tensor = _AttentionBranch.apply(tokens, *layers, layout, heads, norm.eps, onto, keep)
@@ -119,6 +119,7 @@ class _AttentionBranch(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept = ctx.saved_tensors
         dim, heads, count = tokens.shape[-1], ctx.heads, len(ctx.few)

@@ -58,7 +58,7 @@ def gelu_backward(of_activated: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor,
         activated = F.gelu(hidden)
         of_hidden: Tensor = torch.ops.aten.gelu_backward.grad_input(of_activated, hidden, grad_input=of_activated)
         return of_hidden, of_hidden.sum(0), activated
-    activated, total = torch.empty_like(of_activated), torch.empty(hidden.shape[1])
+    activated, total = torch.empty_like(of_activated), fp32(hidden.shape[1])
     pointers = (hidden.data_ptr(), of_activated.data_ptr(), activated.data_ptr())
     library.gelu_backward(_half(hidden), _half(of_activated), *pointers, *hidden.shape, total.data_ptr())
     return of_activated, total, activated
@@ -69,7 +69,7 @@ def sum_rows(rows: Tensor) -> Tensor:
     library = _library(rows, dim=2)
     if library is None:
         return rows.sum(0)
-    total = torch.empty(rows.shape[1])
+    total = fp32(rows.shape[1])
     library.sum_rows(_half(rows), rows.data_ptr(), *rows.shape, total.data_ptr())
     return total
 
@@ -80,7 +80,7 @@ def layer_norm(rows: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[
     if library is None:
         out: tuple[Tensor, Tensor, Tensor] = torch.native_layer_norm(rows, [rows.shape[-1]], weight, bias, eps)
         return out
-    normed, (mean, scale) = torch.empty_like(rows), torch.empty(2, len(rows))
+    normed, (mean, scale) = torch.empty_like(rows), fp32(2, len(rows))
     pointers = (rows.data_ptr(), weight.data_ptr(), bias.data_ptr())
     targets = (normed.data_ptr(), mean.data_ptr(), scale.data_ptr())
     library.norm(_half(rows), *pointers, eps, *rows.shape, *targets)
@@ -117,7 +117,7 @@ def layer_norm_backward(
         )
         return added(of_rows, onto, target), of_weight, of_bias
     of_rows = torch.empty_like(rows) if target is None else target
-    totals = torch.empty(2, rows.shape[1])
+    totals = fp32(2, rows.shape[1])
     pointers = [grad.data_ptr(), rows.data_ptr(), mean.data_ptr(), scale.data_ptr(), weight.data_ptr()]
     pointers.append(0 if onto is None else onto.data_ptr())
     library.norm_backward(_half(rows), *pointers, *rows.shape, of_rows.data_ptr(), totals.data_ptr())
@@ -342,6 +342,11 @@ def _library(*tensors: Tensor, dim: int | None = None) -> Library | None:
         return None
     same = all(_plain(tensor) and tensor.dtype == first.dtype and tensor.is_contiguous() for tensor in tensors)
     return parallel_library() if same and first.dtype in (torch.float32, torch.bfloat16) else None
+
+
+def fp32(*shape: int) -> Tensor:
+    """Return memory that compiled code writes fp32 to, whatever torch's default type and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from dinov2_fsdp.models.fused import added, laid_out, transposed
+
+Backward = Callable[[Any, Tensor], "tuple[Tensor | None, ...]"]
 
 LEAST_PARTS = 4
 """Products with one weight from which on laying it out anew pays."""
@@ -102,6 +105,19 @@ class _Linear(torch.autograd.Function):
             product_of_rows(grad, rows).to(weight.dtype) if of_weight else None,
             grad.sum(0) if of_bias else None,
         )
+
+
+def outside_autocast(backward: Backward) -> Backward:
+    """Run a backward pass under no autocast, whose forward pass was under none and multiplied accordingly."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_autocast_enabled(grad.device.type):
+            return backward(ctx, grad)
+        with torch.autocast(grad.device.type, enabled=False):
+            return backward(ctx, grad)
+
+    return run
 
 
 def product_of_rows(left: Tensor, right: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ namespace {
 
 constexpr Index kBlock = 48;   // rows that a thread takes from end to end
 constexpr Index kBlocks = 32;  // at a time, before the weights' gradients are multiplied; more with many threads
+constexpr Index kSummed = 16 * kBlock;  // rows of a weight's gradient that are summed up by themselves
+static_assert(kBlocks % 16 == 0, "what is summed up by itself would depend on the number of threads");
 
 // A block of rows · panels; each panel's result, (rows, 32) in single precision, is handed to `take(panel, result)`.
 template <typename C, typename Take>
@@ -163,13 +165,17 @@ class OfWeight {
   C* panels(Index row) const { return panels_.get() + row * kPanel; }
   // By all threads. `first`: whether nothing was added before.
   void multiply(Index rows, bool first) const {
+    // Sums of so many rows meet in order, whatever the number of blocks at a time: that is a multiple of theirs.
     const Index even = (rows + 1) & ~Index{1};  // pairs; the last of them was filled up
 #pragma omp for schedule(dynamic) nowait
     for (Index p = 0; p < wide_ / kPanel; ++p) {
       float* c = sums_.get() + p * panel_size();
-      for (Index g = 0; g < groups_of(narrow_); ++g)
-        add_tile(groups_.get() + g * depth_ * kRows, panels_.get() + p * depth_ * kPanel,
-                 std::is_same_v<C, float> ? rows : even, first, kRows, kPanel, c + g * kRows * kPanel, kPanel);
+      for (Index from = 0; from < rows; from += kSummed) {
+        const Index depth = std::min(kSummed, (std::is_same_v<C, float> ? rows : even) - from);
+        for (Index g = 0; g < groups_of(narrow_); ++g)
+          add_tile(groups_.get() + (g * depth_ + from) * kRows, panels_.get() + (p * depth_ + from) * kPanel, depth,
+                   first && from == 0, kRows, kPanel, c + g * kRows * kPanel, kPanel);
+      }
     }
   }
   // By all threads: (wide, narrow).

@@ -121,8 +121,8 @@ void product(Index rows, Index columns, Index depth, Left<C> left, const C* pane
   }
 }
 
-// c (12 × 32) += one group of 12 columns, transposed, · one panel; depth rows of both. From nothing if `first`; only so
-// many rows and columns are written.
+// c (12 × 32) += one group of 12 columns, transposed, · one panel; depth rows of both. To nothing if `first`; only so
+// many rows and columns are written. What is added is summed up by itself: the more there is, the more is rounded.
 template <typename C>
 inline void add_tile(const C* group, const C* panel, Index depth, bool first, Index rows, Index columns, float* c,
                      Index c_row) {
@@ -132,13 +132,6 @@ inline void add_tile(const C* group, const C* panel, Index depth, bool first, In
   __m512 sums[kRows][2];
 #pragma GCC unroll 12
   for (int row = 0; row < kRows; ++row) sums[row][0] = sums[row][1] = _mm512_setzero_ps();
-  if (!first) {
-#pragma GCC unroll 12
-    for (int row = 0; row < kRows; ++row) {
-      sums[row][0] = _mm512_loadu_ps(c + row * c_row);
-      sums[row][1] = _mm512_loadu_ps(c + row * c_row + 16);
-    }
-  }
   for (Index k = 0; k < depth; k += M::kDepth, group += M::kDepth * kRows, panel += M::kDepth * kPanel) {
     const auto near = M::columns(panel), far = M::columns(panel + 16 * M::kDepth);
     ask_ahead(panel);
@@ -152,8 +145,13 @@ inline void add_tile(const C* group, const C* panel, Index depth, bool first, In
 #pragma GCC unroll 12
   for (int row = 0; row < kRows; ++row) {
     if (row < rows) {
-      _mm512_mask_storeu_ps(c + row * c_row, left, sums[row][0]);
-      _mm512_mask_storeu_ps(c + row * c_row + 16, right, sums[row][1]);
+      float* at = c + row * c_row;
+      if (!first) {
+        sums[row][0] = _mm512_add_ps(sums[row][0], _mm512_maskz_loadu_ps(left, at));
+        sums[row][1] = _mm512_add_ps(sums[row][1], _mm512_maskz_loadu_ps(right, at + 16));
+      }
+      _mm512_mask_storeu_ps(at, left, sums[row][0]);
+      _mm512_mask_storeu_ps(at + 16, right, sums[row][1]);
     }
   }
 }
