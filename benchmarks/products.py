@@ -88,8 +88,6 @@ class CompiledAttention:
     heads: int
     dim: int
     backward: bool
-    keep: bool
-    """Its softmax weights, for a backward pass."""
     how: int
 
     @property
@@ -123,12 +121,12 @@ class CompiledAttention:
             packed.new_empty(len(packed), self.heads * self.dim),
             torch.empty_like(packed, dtype=self.dtype),
         )
-        weights = attention(packed, self.sequences, True, self.how, out)
+        attention(packed, self.sequences, self.how, out)
         grad = out.to(self.dtype)
         run: Callable[[], object] = (
-            (lambda: attention_backward(grad, packed, weights, self.sequences, self.how, of_packed))
+            (lambda: attention_backward(grad, packed, self.sequences, self.how, of_packed))
             if self.backward
-            else (lambda: attention(packed, self.sequences, self.keep, self.how, out))
+            else (lambda: attention(packed, self.sequences, self.how, out))
         )
         return min(_repeated(run, device), sum(seconds_of(product, device) for product in self.products))
 
@@ -184,10 +182,9 @@ class ProductRecorder(TorchDispatchMode):
             name = func.overloadpacket.__name__
             if name in ("attention", "attention_backward"):
                 backward = name == "attention_backward"
-                qkv, sequences, how = (args[1], args[3], args[4]) if backward else (args[0], args[1], args[3])
+                qkv, sequences, how = args[1:4] if backward else args[:3]
                 length, _, heads, dim = len(qkv) // sequences, *qkv.shape[1:]
-                keep = backward or bool(args[2])
-                self.products[CompiledAttention(sequences, length, heads, dim, backward, keep, how)] += 1
+                self.products[CompiledAttention(sequences, length, heads, dim, backward, how)] += 1
             else:
                 self.products.update(of_branch(name, args))
         elif func.overloadpacket.__name__ == "convolution" and (batch := _batch_of(*args)):

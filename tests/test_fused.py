@@ -254,7 +254,6 @@ def has_branches() -> bool:
 
 
 @pytest.mark.skipif(not has_branches(), reason="compiled attention needs AVX-512")
-@pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("how", [fused.BY_FP32, fused.WIDENED, fused.BY_BF16])
 @pytest.mark.parametrize(
     "shape",
@@ -262,16 +261,14 @@ def has_branches() -> bool:
     [(2, 257, 2, 64), (3, 50, 6, 64), (2, 47, 3, 24), (40, 1, 2, 64), (5, 16, 4, 40), (1, 97, 1, 17), (7, 33, 2, 32)],
 )
 def test_compiled_attention_and_its_gradient_are_those_of_double_precision(
-    shape: tuple[int, ...], how: int, keep: bool, random: Callable[..., Tensor]
+    shape: tuple[int, ...], how: int, random: Callable[..., Tensor]
 ) -> None:
     if how == fused.BY_BF16 and not fused.loaded().multiplies_bf16:
         pytest.skip("this processor has no instructions for it")
     sequences, length, heads, dim = shape
     if how == fused.BY_BF16 and dim % 2:
         with pytest.raises(TypeError, match="not multiplied like this"):
-            fused.attention(
-                torch.zeros(length, 3, 1, dim).bfloat16(), 1, keep, how, torch.zeros(length, dim).bfloat16()
-            )
+            fused.attention(torch.zeros(length, 3, 1, dim).bfloat16(), 1, how, torch.zeros(length, dim).bfloat16())
         return
     dtype = torch.float32 if how == fused.BY_FP32 else torch.bfloat16
     qkv = (2 * random(sequences * length, 3, heads, dim)).to(dtype).requires_grad_()
@@ -281,19 +278,14 @@ def test_compiled_attention_and_its_gradient_are_those_of_double_precision(
     expected = (weights @ value).transpose(1, 2).reshape(sequences * length, heads * dim)
     with torch.no_grad():
         found = torch.full((sequences * length, heads * dim), torch.nan, dtype=dtype)
-        kept = fused.attention(qkv.detach(), sequences, keep, how, found)
+        assert fused.attention(qkv.detach(), sequences, how, found) is found
         if dtype == torch.float32:
             torch.testing.assert_close(found.double(), expected, rtol=2e-5, atol=1e-5)
         # Of bf16: what rounding to it makes of each value, and of the weights before they are multiplied.
         assert (found.double() - expected).norm() <= (1e-6 if dtype == torch.float32 else 3e-3) * expected.norm()
-        if not keep:
-            assert kept.numel() == 0
-            return
-        assert kept.dtype == dtype
-        close(kept, weights.flatten(0, 1), dtype)
         grad = random(*expected.shape).to(fused.multiplied(how))
         of_qkv = torch.full(qkv.shape, torch.nan, dtype=grad.dtype)
-        fused.attention_backward(grad, qkv.detach(), kept, sequences, how, of_qkv)
+        fused.attention_backward(grad, qkv.detach(), sequences, how, of_qkv)
     expected.backward(grad.double())
     if dtype == torch.float32:
         torch.testing.assert_close(of_qkv.double(), wide.grad, rtol=5e-5, atol=2e-5)
@@ -306,22 +298,23 @@ def test_a_gradient_of_another_type_is_taken_in_fp32(how: int, random: Callable[
     """As it comes from a backward pass under an autocast that the forward pass was not under."""
     qkv, grad = random(2 * 50, 3, 2, 16), random(2 * 50, 32).bfloat16()
     kept = qkv if how == fused.BY_FP32 else qkv.bfloat16()
-    weights = fused.attention(kept, 2, True, how, kept.new_empty(2 * 50, 32))
-    expected = fused.attention_backward(grad.float(), kept, weights, 2, how, torch.empty_like(qkv))
-    assert torch.equal(fused.attention_backward(grad, kept, weights, 2, how, torch.empty_like(qkv)), expected)
+    expected = fused.attention_backward(grad.float(), kept, 2, how, torch.empty_like(qkv))
+    assert torch.equal(fused.attention_backward(grad, kept, 2, how, torch.empty_like(qkv)), expected)
     with pytest.raises(TypeError, match="no attention for a gradient"):
-        torch.ops.dinov2_fsdp.attention_backward(grad, kept, weights, 2, how, torch.empty_like(qkv))
+        torch.ops.dinov2_fsdp.attention_backward(grad, kept, 2, how, torch.empty_like(qkv))
+    with pytest.raises(TypeError, match="no attention for a gradient"):
+        fused.attention_backward(grad[:50], kept, 2, how, torch.empty_like(qkv))
 
 
 @pytest.mark.skipif(not has_branches(), reason="compiled attention needs AVX-512")
 def test_what_attention_cannot_multiply_is_refused(random: Callable[..., Tensor]) -> None:
     qkv = random(2 * 50, 3, 2, 16)
     with pytest.raises(TypeError, match="not multiplied like this"):
-        fused.attention(qkv, 2, True, fused.WIDENED, qkv.new_empty(100, 32))
+        fused.attention(qkv, 2, fused.WIDENED, qkv.new_empty(100, 32))
     with pytest.raises(TypeError, match="not multiplied like this"):
-        fused.attention(qkv.bfloat16(), 2, True, fused.BY_FP32, torch.empty(100, 32, dtype=torch.bfloat16))
+        fused.attention(qkv.bfloat16(), 2, fused.BY_FP32, torch.empty(100, 32, dtype=torch.bfloat16))
     with pytest.raises(TypeError, match="no attention from"):
-        fused.attention(qkv, 2, True, fused.BY_FP32, torch.empty(100, 32, dtype=torch.bfloat16))
+        fused.attention(qkv, 2, fused.BY_FP32, torch.empty(100, 32, dtype=torch.bfloat16))
 
 
 @pytest.mark.skipif(not has_branches(), reason="compiled attention needs AVX-512")
@@ -329,8 +322,8 @@ def test_what_compiled_attention_multiplies_is_counted(random: Callable[..., Ten
     qkv = random(2 * 50, 3, 2, 16)
     with FlopCounterMode(display=False) as counter:
         out = torch.empty(2 * 50, 32)
-        weights = fused.attention(qkv, 2, True, fused.BY_FP32, out)
-        fused.attention_backward(out, qkv, weights, 2, fused.BY_FP32, torch.empty_like(qkv))
+        fused.attention(qkv, 2, fused.BY_FP32, out)
+        fused.attention_backward(out, qkv, 2, fused.BY_FP32, torch.empty_like(qkv))
     assert counter.get_total_flops() == 6 * 2 * (2 * 2 * 50 * 50 * 16)
     assert not fused.attention_compiled(qkv.bfloat16())
 
@@ -378,9 +371,9 @@ def test_the_number_of_threads_changes_nothing(dtype: torch.dtype, random: Calla
             if has_branches() and dtype == torch.float32:
                 qkv = rows[:480].view(5 * 32, 3, 4, 24)
                 out = torch.empty(160, 96)
-                weights = fused.attention(qkv, 5, True, fused.BY_FP32, out)
+                fused.attention(qkv, 5, fused.BY_FP32, out)
                 of_qkv = torch.empty_like(qkv)
-                found[-1] += [out, weights, fused.attention_backward(out, qkv, weights, 5, fused.BY_FP32, of_qkv)]
+                found[-1] += [out, fused.attention_backward(out, qkv, 5, fused.BY_FP32, of_qkv)]
     finally:
         torch.set_num_threads(before)
     for others in found[1:]:

@@ -187,14 +187,12 @@ class _AttentionBranch(torch.autograd.Function):
             tokens, norm_weight, norm_bias, weight1, bias1, eps, ctx.how
         )
         qkv, attended = qkv.unflatten(-1, (3, heads, -1)), torch.empty_like(tokens)
-        weights = [
-            attention(qkv[start:end], sequences, keep, ctx.how, attended[start:end])
-            for start, end, sequences, _ in ctx.spans
-        ]
+        for start, end, sequences, _ in ctx.spans:
+            attention(qkv[start:end], sequences, ctx.how, attended[start:end])
         out: Tensor = torch.ops.dinov2_fsdp.scaled_linear(
             attended, weight2, bias2, gamma, tokens if onto else None, ctx.how
         )
-        kept = (qkv, attended, mean, scale, *weights) if keep else ()
+        kept = (qkv, attended, mean, scale) if keep else ()
         ctx.save_for_backward(tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept)
         return out
 
@@ -203,14 +201,14 @@ class _AttentionBranch(torch.autograd.Function):
     @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept = ctx.saved_tensors
-        qkv, attended, mean, scale, *weights = kept
+        qkv, attended, mean, scale = kept
         grad = grad.contiguous()
         of_attended, *of_second = torch.ops.dinov2_fsdp.scaled_linear_backward(
             grad, attended, weight2, bias2, gamma, ctx.how
         )
         of_qkv = torch.empty_like(qkv, dtype=multiplied(ctx.how))
-        for (start, end, sequences, _), some in zip(ctx.spans, weights, strict=True):
-            attention_backward(of_attended[start:end], qkv[start:end], some, sequences, ctx.how, of_qkv[start:end])
+        for start, end, sequences, _ in ctx.spans:
+            attention_backward(of_attended[start:end], qkv[start:end], sequences, ctx.how, of_qkv[start:end])
         del of_attended
         of_first = torch.ops.dinov2_fsdp.norm_linear_backward(
             of_qkv.flatten(1), tokens, norm_weight, norm_bias, weight1, mean, scale, grad if ctx.onto else None, ctx.how

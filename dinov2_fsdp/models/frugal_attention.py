@@ -105,8 +105,7 @@ class _AttentionBranch(torch.autograd.Function):
             del normed
             ctx.compiled.append(attention_compiled(qkv))
             if ctx.compiled[-1]:
-                attended = qkv.new_empty(len(mean), dim)
-                weights = attention(qkv, sequences, keep, BY_FP32, attended)
+                attended, weights = attention(qkv, sequences, BY_FP32, qkv.new_empty(len(mean), dim)), qkv.new_empty(0)
             else:
                 qkv = split_heads(qkv, sequences, qkv.shape[-1] ** -0.5)
                 found, weights = attend_parts(qkv)
@@ -133,9 +132,8 @@ class _AttentionBranch(torch.autograd.Function):
             sums.add("bias2", sum_rows(of_out))
             of_attended = linear(of_out, scaled.t())
             if ctx.compiled[i]:
-                of_qkv = attention_backward(
-                    of_attended, widened(qkv), widened(weights), sequences, BY_FP32, of_attended.new_empty(qkv.shape)
-                )
+                of_qkv = of_attended.new_empty(qkv.shape)
+                attention_backward(of_attended, widened(qkv), sequences, BY_FP32, of_qkv)
             else:
                 of_heads = split_heads(of_attended.unflatten(-1, (1, heads, -1)), sequences)[0]
                 of_qkv = of_attended.new_empty(len(attended), 3, heads, dim // heads)

@@ -170,51 +170,43 @@ def multiplied(how: int) -> torch.dtype:
     return torch.bfloat16 if how == BY_BF16 else torch.float32
 
 
-def attention(qkv: Tensor, sequences: int, keep: bool, how: int, target: Tensor) -> Tensor:
-    """Write softmax(q·kᵀ/√d)·v for ``(sequences · length, 3, heads, dim)`` to ``target``; return the softmax weights.
+def attention(qkv: Tensor, sequences: int, how: int, target: Tensor) -> Tensor:
+    """Write softmax(q·kᵀ/√d)·v for ``(sequences · length, 3, heads, dim)`` to ``target``, and return that.
 
-    The target is ``(sequences · length, heads · dim)``, the weights ``(sequences · heads, length, length)``, or empty
-    unless they are to be kept. All have one type, fp32 or bf16, multiplied as ``how`` says (:data:`BY_FP32`).
-    Ask :func:`compiled` first.
+    The target is ``(sequences · length, heads · dim)``. Both have one type, fp32 or bf16, multiplied as ``how`` says
+    (:data:`BY_FP32`). Ask :func:`compiled` first.
     """
-    out: Tensor = torch.ops.dinov2_fsdp.attention(qkv, sequences, keep, how, target)
-    return out
-
-
-def attention_backward(grad: Tensor, qkv: Tensor, weights: Tensor, sequences: int, how: int, target: Tensor) -> Tensor:
-    """Write the gradient in ``qkv``, see :func:`attention`, from that in its result to ``target``.
-
-    Both are of the type that is multiplied (:func:`multiplied`).
-    """
-    # A backward pass may be under an autocast that the forward pass was not.
-    grad, qkv = grad.to(target.dtype).contiguous(), qkv.to(weights.dtype).contiguous()
-    torch.ops.dinov2_fsdp.attention_backward(grad, qkv, weights, sequences, how, target)
+    torch.ops.dinov2_fsdp.attention(qkv, sequences, how, target)
     return target
 
 
-def _attention(qkv: Tensor, sequences: int, keep: bool, how: int, target: Tensor) -> Tensor:
+def attention_backward(grad: Tensor, qkv: Tensor, sequences: int, how: int, target: Tensor) -> Tensor:
+    """Write the gradient in ``qkv``, see :func:`attention`, from that in its result to ``target``.
+
+    Both are of the type that is multiplied (:func:`multiplied`). The softmax weights are computed again.
+    """
+    torch.ops.dinov2_fsdp.attention_backward(grad.to(target.dtype).contiguous(), qkv, sequences, how, target)
+    return target
+
+
+def _attention(qkv: Tensor, sequences: int, how: int, target: Tensor) -> None:
     rows, _, heads, dim = qkv.shape
     fits = target.shape == (rows, heads * dim) and target.dtype == qkv.dtype
     if not (fits and qkv.is_contiguous() and target.is_contiguous()):
         raise TypeError(f"no attention from {qkv.dtype} to {target.dtype} of shape {tuple(target.shape)}")
     how = _checked(how, qkv)
-    length = rows // sequences
-    weights = qkv.new_empty(sequences * heads if keep else 0, length, length)
-    shape = (sequences, length, heads, dim, dim**-0.5)
-    kept = weights.data_ptr() if keep else None
-    loaded().attention(how, qkv.data_ptr(), *shape, kept, target.data_ptr())
-    return weights
+    shape = (sequences, rows // sequences, heads, dim, dim**-0.5)
+    loaded().attention(how, qkv.data_ptr(), *shape, target.data_ptr())
 
 
-def _attention_backward(grad: Tensor, qkv: Tensor, weights: Tensor, sequences: int, how: int, target: Tensor) -> None:
+def _attention_backward(grad: Tensor, qkv: Tensor, sequences: int, how: int, target: Tensor) -> None:
     rows, _, heads, dim = qkv.shape
     how = _checked(how, qkv)
-    fits = target.shape == qkv.shape and target.is_contiguous() and qkv.dtype == weights.dtype
-    if not (fits and grad.dtype == target.dtype == multiplied(how)):
-        raise TypeError(f"no attention for a gradient in {grad.dtype} of {qkv.dtype} and {weights.dtype}")
+    fits = target.shape == qkv.shape and all(tensor.is_contiguous() for tensor in (grad, qkv, target))
+    if not (fits and grad.dtype == target.dtype == multiplied(how) and grad.shape == (rows, heads * dim)):
+        raise TypeError(f"no attention for a gradient in {grad.dtype} of {qkv.dtype} in {target.dtype}")
     shape = (sequences, rows // sequences, heads, dim, dim**-0.5)
-    pointers = (grad.data_ptr(), qkv.data_ptr(), weights.data_ptr())
-    loaded().attention_backward(how, *pointers, *shape, target.data_ptr())
+    loaded().attention_backward(how, grad.data_ptr(), qkv.data_ptr(), *shape, target.data_ptr())
 
 
 def _checked(how: int, qkv: Tensor) -> int:
@@ -240,10 +232,8 @@ def loaded() -> Library:
 
 # Operations of torch's, for whatever looks at them: what they multiply is counted.
 _operations = torch.library.Library("dinov2_fsdp", "DEF")
-_operations.define("attention(Tensor qkv, int sequences, bool keep, int how, Tensor(a!) target) -> Tensor")
-_operations.define(
-    "attention_backward(Tensor grad, Tensor qkv, Tensor weights, int sequences, int how, Tensor(a!) target) -> ()"
-)
+_operations.define("attention(Tensor qkv, int sequences, int how, Tensor(a!) target) -> ()")
+_operations.define("attention_backward(Tensor grad, Tensor qkv, int sequences, int how, Tensor(a!) target) -> ()")
 _operations.impl("attention", _attention, "CPU")
 _operations.impl("attention_backward", _attention_backward, "CPU")
 
@@ -256,9 +246,9 @@ def _attention_flops(qkv: tuple[int, ...], sequences: int, *_: object, **__: obj
 
 @register_flop_formula(torch.ops.dinov2_fsdp.attention_backward)
 def _attention_backward_flops(
-    grad: object, qkv: tuple[int, ...], weights: object, sequences: int, *_: object, **__: object
+    grad: object, qkv: tuple[int, ...], sequences: int, *_: object, **__: object
 ) -> int:
-    return 2 * _attention_flops(qkv, sequences)
+    return 2 * _attention_flops(qkv, sequences)  # without what is computed again
 
 
 def split_heads(packed: Tensor, sequences: int, factor: float | None = None) -> Tensor:

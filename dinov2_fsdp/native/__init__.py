@@ -42,8 +42,8 @@ _ARGUMENTS = {
 }
 
 _WITH_AVX512 = {
-    "attention": (_INT, _POINTER, *[_INDEX] * 4, _FLOAT, _POINTER, _POINTER),
-    "attention_backward": (_INT, _POINTER, _POINTER, _POINTER, *[_INDEX] * 4, _FLOAT, _POINTER),
+    "attention": (_INT, _POINTER, *[_INDEX] * 4, _FLOAT, _POINTER),
+    "attention_backward": (_INT, _POINTER, _POINTER, *[_INDEX] * 4, _FLOAT, _POINTER),
     "norm_linear": (_INT, _POINTER, *[_INDEX] * 2, *[_POINTER] * 2, _FLOAT, *[_POINTER] * 2, _INDEX, *[_POINTER] * 3),
     "norm_linear_backward": (_INT, *[_POINTER] * 2, *[_INDEX] * 3, *[_POINTER] * 11),
     "scaled_linear": (_INT, _POINTER, *[_INDEX] * 2, *[_POINTER] * 3, _INDEX, *[_POINTER] * 2),

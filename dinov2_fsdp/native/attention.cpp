@@ -2,7 +2,8 @@
 //
 // Libraries' products of such small matrices, 257 × 64 × 257, leave half of an AMD EPYC's speed unused, and need a pass
 // over memory before and after each (docs/performance.md). Here the right side of every product is laid out anew in
-// panels, so that neither strides nor the tensors' type reach the innermost loop.
+// panels, so that neither strides nor the tensors' type reach the innermost loop. The backward pass computes the softmax
+// weights again, as in 2205.14135: to write them down and to read them takes about as long, and there are many.
 
 #include "panels.h"
 
@@ -59,11 +60,32 @@ inline Index depth_of(Index length) {
   return (length + Multiplied<C>::kDepth - 1) / Multiplied<C>::kDepth * Multiplied<C>::kDepth;
 }
 
-// The softmax weights are written only if there is a place for them.
+// Whole vectors are written, and what is beyond `length` comes out as zeros: exp of a single value takes as long as of
+// sixteen.
+inline void softmax_row(float* __restrict scores, Index length, float factor) {
+  const Index vectors = (length + 15) / 16 * 16;
+  for (Index c = length; c < vectors; ++c) scores[c] = -INFINITY;
+  float largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+  for (Index c = 0; c < vectors; ++c) {
+    scores[c] *= factor;
+    largest = scores[c] > largest ? scores[c] : largest;
+  }
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (Index c = 0; c < vectors; ++c) {
+    scores[c] = exp_below_zero(scores[c] - largest);
+    sum += scores[c];
+  }
+  const float scale = 1.0f / sum;
+#pragma omp simd
+  for (Index c = 0; c < vectors; ++c) scores[c] *= scale;
+}
+
 template <typename T, typename C>
-void attention(const T* qkv, Heads at, float factor, T* weights, T* out) {
+void attention(const T* qkv, Heads at, float factor, T* out) {
   const Index length = at.length, dim = at.dim, row = 3 * at.stride(), count = at.sequences * at.heads;
-  const Index wide = padded(length), vectors = (length + 15) / 16 * 16, depth = depth_of<C>(length);
+  const Index wide = padded(length), depth = depth_of<C>(length);
   const int some_heads = heads_at_a_time(at);
 #pragma omp parallel
   {
@@ -82,26 +104,9 @@ void attention(const T* qkv, Heads at, float factor, T* weights, T* out) {
         const Index some = std::min(kQueries, length - start);
         product(some, length, dim, query.from_row(start), keys.get(), cached.get(), wide);
         for (Index r = 0; r < some; ++r) {
-          // Up to a whole vector, whose rest counts for nothing: exp of a single value takes as long as of sixteen.
-          float* __restrict scores = cached.get() + r * wide;
-          for (Index c = length; c < vectors; ++c) scores[c] = -INFINITY;
-          float largest = -INFINITY;
-#pragma omp simd reduction(max : largest)
-          for (Index c = 0; c < vectors; ++c) {
-            scores[c] *= factor;
-            largest = scores[c] > largest ? scores[c] : largest;
-          }
-          float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-          for (Index c = 0; c < vectors; ++c) {
-            scores[c] = exp_below_zero(scores[c] - largest);
-            sum += scores[c];
-          }
-          const float scale = 1.0f / sum;
-#pragma omp simd
-          for (Index c = 0; c < vectors; ++c) scores[c] *= scale;
-          if (weights) convert(scores, length, weights + (i * length + start + r) * length);
-          if constexpr (kHalf) convert(scores, vectors, halves.get() + r * wide);
+          float* scores = cached.get() + r * wide;
+          softmax_row(scores, length, factor);
+          if constexpr (kHalf) convert(scores, depth, halves.get() + r * wide);
         }
         Left<C> some_weights;
         if constexpr (kHalf) {
@@ -140,7 +145,7 @@ inline void transposed_product(Index columns, Index dim, Index length, Left<BFlo
 #endif
 
 template <typename T, typename C>
-void attention_backward(const C* gradient, const T* qkv, const T* weights, Heads at, float factor, C* of_qkv) {
+void attention_backward(const C* gradient, const T* qkv, Heads at, float factor, C* of_qkv) {
   const Index length = at.length, dim = at.dim, row = 3 * at.stride(), count = at.sequences * at.heads;
   const Index wide = padded(length), depth = depth_of<C>(length);
   const int some_heads = heads_at_a_time(at);
@@ -148,14 +153,14 @@ void attention_backward(const C* gradient, const T* qkv, const T* weights, Heads
   {
     constexpr bool kHalf = !std::is_same_v<C, float>;
     const Scratch<C> panels(std::max(dim * wide, depth * padded(dim)));
-    const Scratch<C> copy(std::is_same_v<T, C> ? 1 : length * std::max(length, dim));
-    const Scratch<C> halves(kHalf ? length * wide : 1);
+    const Scratch<C> copy(std::is_same_v<T, C> ? 1 : length * dim);
+    const Scratch<C> half_weights(kHalf ? length * wide : 1), halves(kHalf ? length * wide : 1);
     const Scratch<float> found(kHalf ? length * dim : 1);
     const Scratch<C> groups(kHalf ? groups_of(length) * kRows * depth : 1);
-    const Scratch<float> scores(length * wide);
+    const Scratch<float> weights(length * wide), scores(length * wide);
 #pragma omp for schedule(dynamic, some_heads)
     for (Index i = 0; i < count; ++i) {
-      const T *query = qkv + at.of(i, 3), *w = weights + i * length * length;
+      const T* query = qkv + at.of(i, 3);
       C* of_query = of_qkv + at.of(i, 3);
       const Left<C> of_out = {gradient + at.of(i, 1), at.stride()};
       // Where a product goes, and what brings it to where it belongs.
@@ -171,25 +176,34 @@ void attention_backward(const C* gradient, const T* qkv, const T* weights, Heads
         if constexpr (kHalf)
           for (Index r = 0; r < length; ++r) convert(found.get() + r * dim, dim, target + r * row);
       };
+      const Left<C> key = read(query + at.stride(), row, length, dim, copy.get());
+      pack_transposed(key.at, key.row_step, dim, length, panels.get());
+      product(length, length, dim, read(query, row, length, dim, copy.get()), panels.get(), weights.get(), wide);
       const Left<C> value = read(query + 2 * at.stride(), row, length, dim, copy.get());
       pack_transposed(value.at, value.row_step, dim, length, panels.get());
       product(length, length, dim, of_out, panels.get(), scores.get(), wide);
       for (Index r = 0; r < length; ++r) {
         float* __restrict of_scores = scores.get() + r * wide;
-        const T* __restrict at_row = w + r * length;
+        float* __restrict at_row = weights.get() + r * wide;
+        softmax_row(at_row, length, factor);
         float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-        for (Index c = 0; c < length; ++c) sum += of_scores[c] * widen(at_row[c]);
+        for (Index c = 0; c < length; ++c) sum += of_scores[c] * at_row[c];
 #pragma omp simd
-        for (Index c = 0; c < length; ++c) of_scores[c] = factor * widen(at_row[c]) * (of_scores[c] - sum);
+        for (Index c = 0; c < length; ++c) of_scores[c] = factor * at_row[c] * (of_scores[c] - sum);
         for (Index c = length; c < depth; ++c) of_scores[c] = 0.0f;
-        if constexpr (kHalf) convert(of_scores, depth, halves.get() + r * wide);
+        if constexpr (kHalf) {
+          convert(of_scores, depth, halves.get() + r * wide);
+          convert(at_row, depth, half_weights.get() + r * wide);
+        }
       }
-      Left<C> of_scores;
+      Left<C> of_scores, kept;
       if constexpr (kHalf) {
         of_scores = {halves.get(), wide};
+        kept = {half_weights.get(), wide};
       } else {
         of_scores = {scores.get(), wide};
+        kept = {weights.get(), wide};
       }
       lay_out<kPanel>(query + at.stride(), row, length, dim, depth, panels.get());
       product(length, dim, depth, of_scores, panels.get(), place(of_query), found_row);
@@ -199,7 +213,6 @@ void attention_backward(const C* gradient, const T* qkv, const T* weights, Heads
       transposed_product(length, dim, length, of_scores, panels.get(), groups.get(), place(of_key), found_row);
       keep(of_key);
       lay_out<kPanel>(of_out.at, of_out.row_step, length, dim, depth, panels.get());
-      const Left<C> kept = read(w, length, length, length, copy.get());
       C* of_value = of_key + at.stride();
       transposed_product(length, dim, length, kept, panels.get(), groups.get(), place(of_value), found_row);
       keep(of_value);
@@ -211,16 +224,15 @@ void attention_backward(const C* gradient, const T* qkv, const T* weights, Heads
 
 // `how`: see panels.h. The gradients have the type that is multiplied.
 EXPORT void dinov2_attention(int how, const void* qkv, Index sequences, Index length, Index heads, Index dim,
-                             float factor, void* weights, void* out) {
+                             float factor, void* out) {
   const Heads at = {sequences, length, heads, dim};
-  MULTIPLY(attention, IN(qkv), at, factor, OUT(weights), OUT(out))
+  MULTIPLY(attention, IN(qkv), at, factor, OUT(out))
 }
 
-EXPORT void dinov2_attention_backward(int how, const void* gradient, const void* qkv, const void* weights,
-                                      Index sequences, Index length, Index heads, Index dim, float factor,
-                                      void* of_qkv) {
+EXPORT void dinov2_attention_backward(int how, const void* gradient, const void* qkv, Index sequences, Index length,
+                                      Index heads, Index dim, float factor, void* of_qkv) {
   const Heads at = {sequences, length, heads, dim};
-  MULTIPLY(attention_backward, BETWEEN(gradient), IN(qkv), IN(weights), at, factor, BETWEEN_OUT(of_qkv))
+  MULTIPLY(attention_backward, BETWEEN(gradient), IN(qkv), at, factor, BETWEEN_OUT(of_qkv))
 }
 
 #endif
