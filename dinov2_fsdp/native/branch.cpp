@@ -22,10 +22,10 @@ static_assert(kBlocks % 16 == 0, "what is summed up by itself would depend on th
 
 // A block of rows · panels; each panel's result, (rows, 32) in single precision, is handed to `take(panel, result)`.
 template <typename C, typename Take>
-inline void by_panels(Index rows, Index columns, Index depth, Left<C> left, const C* panels, const Take& take) {
+inline void by_panels(Index rows, Index columns, Index depth, const Left<C>& left, const C* panels, const Take& take) {
   alignas(64) float found[kBlock * kPanel];
   for (Index p = 0; p < columns / kPanel; ++p) {
-    tiles<kRows, 2>(rows, left, panels + p * depth * kPanel, depth, 0xffff, found, kPanel);
+    tiles<2>(rows, left, panels + p * depth * kPanel, depth, 0xffff, found, kPanel);
     take(p, found);
   }
 }
@@ -78,16 +78,12 @@ inline void norm_row(const T* __restrict in, const float* __restrict weight, con
 }
 
 template <typename T>
-inline void statistics(const T* __restrict in, Index count, float epsilon, float* mean, float* scale) {
-  float sum = 0.0f, squares = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (Index i = 0; i < count; ++i) sum += widen(in[i]);
-  const float centre = sum / static_cast<float>(count);
-#pragma omp simd reduction(+ : squares)
-  for (Index i = 0; i < count; ++i) {
-    const float centred = widen(in[i]) - centre;
-    squares += centred * centred;
-  }
+inline void statistics(const T* in, Index count, float epsilon, float* mean, float* scale) {
+  const float centre = sum_of(count, [=](Index i) { return load(in + i); }) / static_cast<float>(count);
+  const float squares = sum_of(count, [=](Index i) {
+    const __m512 centred = _mm512_sub_ps(load(in + i), _mm512_set1_ps(centre));
+    return _mm512_mul_ps(centred, centred);
+  });
   *mean = centre;
   *scale = 1.0f / std::sqrt(squares / static_cast<float>(count) + epsilon);
 }
@@ -97,17 +93,17 @@ template <typename T>
 inline void norm_row_backward(const float* __restrict gradient, const T* __restrict in,
                               const float* __restrict weight, Index count, float mean, float scale,
                               const T* onto, float* __restrict of_weight, float* __restrict of_bias, T* out) {
-  float sum = 0.0f, product = 0.0f;
-#pragma omp simd reduction(+ : sum, product)
-  for (Index i = 0; i < count; ++i) {
-    const float normed = (widen(in[i]) - mean) * scale, weighted = gradient[i] * weight[i];
-    sum += weighted;
-    product += weighted * normed;
-    of_weight[i] += gradient[i] * normed;
-    of_bias[i] += gradient[i];
+  __m512 sums = _mm512_setzero_ps(), products = sums;
+  for (Index i = 0; i < count; i += 16) {
+    const __m512 given = load(gradient + i), weighted = _mm512_mul_ps(given, load(weight + i));
+    const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(load(in + i), _mm512_set1_ps(mean)), _mm512_set1_ps(scale));
+    sums = _mm512_add_ps(sums, weighted);
+    products = _mm512_fmadd_ps(weighted, normed, products);
+    _mm512_storeu_ps(of_weight + i, _mm512_fmadd_ps(given, normed, load(of_weight + i)));
+    _mm512_storeu_ps(of_bias + i, _mm512_add_ps(given, load(of_bias + i)));
   }
-  sum /= static_cast<float>(count);
-  product /= static_cast<float>(count);
+  const float sum = _mm512_reduce_add_ps(sums) / static_cast<float>(count);
+  const float product = _mm512_reduce_add_ps(products) / static_cast<float>(count);
   const auto of_value = [=](Index i) {
     return scale * (gradient[i] * weight[i] - sum - (widen(in[i]) - mean) * scale * product);
   };
@@ -205,13 +201,9 @@ class OfWeight {
         const float* __restrict sums = sums_.get() + p * panel_size() + row * kPanel;
         const T* __restrict by = weight + row * wide_ + p * kPanel;
         T* __restrict target = out + row * wide_ + p * kPanel;
-        float product = 0.0f;
-#pragma omp simd reduction(+ : product)
-        for (Index i = 0; i < kPanel; ++i) {
-          product += sums[i] * widen(by[i]);
-          target[i] = narrow<T>(sums[i] * scale);
-        }
-        total += product;
+#pragma omp simd
+        for (Index i = 0; i < kPanel; ++i) target[i] = narrow<T>(sums[i] * scale);
+        total += sum_of(kPanel, [=](Index i) { return _mm512_mul_ps(load(sums + i), load(by + i)); });
       }
       if (of_factor) of_factor[row] = static_cast<float>(total);
     }
@@ -387,7 +379,7 @@ struct NormBackward {
   }
 
   // `sums`: for the norm's weight, then its bias. `of_normed` is overwritten.
-  void finish(Index first, Index some, Left<C> left, const C* panels, Index width, float* of_normed,
+  void finish(Index first, Index some, const Left<C>& left, const C* panels, Index width, float* of_normed,
               float* sums) const {
     by_panels(some, dim, width, left, panels, [&](Index p, const float* found) {
       for (Index row = 0; row < some; ++row)

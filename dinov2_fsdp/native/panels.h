@@ -64,18 +64,20 @@ struct Left {
 };
 
 // c = kCount rows of a · the first kVectors · 16 columns of one panel. `depth` is a multiple of what is read at a time;
-// `last` masks the last vector.
+// `last` masks the last vector. The rows begin `at`; `left` says how they lie, and is not handed over by value: it would
+// be copied through memory as a whole, which waits for everything that was written before.
 template <int kCount, int kVectors, typename C>
-inline void tile(Left<C> left, const C* panel, Index depth, __mmask16 last, float* c, Index c_row) {
+inline void tile(const C* at, const Left<C>& left, const C* panel, Index depth, __mmask16 last, float* c,
+                 Index c_row) {
   using M = Multiplied<C>;
   __m512 sums[kCount][kVectors];
 #pragma GCC unroll 12
   for (int row = 0; row < kCount; ++row)
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sums[row][v] = _mm512_setzero_ps();
-  const C* a = left.at;
-  const Index a_row = left.row_step, a_k = left.step;
-  for (; depth > 0; depth -= 32, a += left.chunk_step) {
+  const C* a = at;
+  const Index a_row = left.row_step, a_k = left.step, a_chunk = left.chunk_step;
+  for (; depth > 0; depth -= 32, a += a_chunk) {
     const Index some = std::min<Index>(32, depth);
     for (Index k = 0; k < some; k += M::kDepth, panel += M::kDepth * kPanel) {
       typename M::Vector columns[kVectors];
@@ -97,26 +99,35 @@ inline void tile(Left<C> left, const C* panel, Index depth, __mmask16 last, floa
       _mm512_mask_storeu_ps(c + row * c_row + 16 * v, v + 1 < kVectors ? __mmask16(0xffff) : last, sums[row][v]);
 }
 
-template <int kCount, int kVectors, typename C>
-inline void tiles(Index rows, Left<C> left, const C* panel, Index depth, __mmask16 last, float* c, Index c_row) {
-  for (; rows >= kCount; rows -= kCount, left = left.from_row(kCount), c += kCount * c_row)
-    tile<kCount, kVectors>(left, panel, depth, last, c, c_row);
-  if constexpr (kCount > 1) {
-    constexpr int kFewer = kCount > 8 ? 8 : kCount / 2;
-    if (rows) tiles<kFewer, kVectors>(rows, left, panel, depth, last, c, c_row);
+// Rows by as few tiles as that takes, all as high as each other or one row less: a low tile's sums wait for each other.
+template <int kVectors, typename C>
+inline void tiles(Index rows, const Left<C>& left, const C* panel, Index depth, __mmask16 last, float* c,
+                  Index c_row) {
+  const C* at = left.at;
+  for (Index some; rows > 0; rows -= some, at += some * left.row_step, c += some * c_row) {
+    const Index count = groups_of(rows);
+    some = (rows + count - 1) / count;
+    switch (some) {
+#define TILE(rows)                                                \
+  case rows:                                                      \
+    tile<rows, kVectors>(at, left, panel, depth, last, c, c_row); \
+    break;
+      TILE(12) TILE(11) TILE(10) TILE(9) TILE(8) TILE(7) TILE(6) TILE(5) TILE(4) TILE(3) TILE(2) TILE(1)
+#undef TILE
+    }
   }
 }
 
 // c (rows × columns) = left · panels, of which the last may be wider than what is left of the columns.
 template <typename C>
-void product(Index rows, Index columns, Index depth, Left<C> left, const C* panels, float* c, Index c_row) {
+void product(Index rows, Index columns, Index depth, const Left<C>& left, const C* panels, float* c, Index c_row) {
   for (Index start = 0; start < columns; start += kPanel, panels += depth * kPanel) {
     const Index some = std::min(kPanel, columns - start);
     const auto last = static_cast<__mmask16>((1u << (some > 16 ? some - 16 : some)) - 1u);
     if (some > 16) {
-      tiles<kRows, 2>(rows, left, panels, depth, last, c + start, c_row);
+      tiles<2>(rows, left, panels, depth, last, c + start, c_row);
     } else {
-      tiles<kRows, 1>(rows, left, panels, depth, last, c + start, c_row);
+      tiles<1>(rows, left, panels, depth, last, c + start, c_row);
     }
   }
 }
@@ -178,6 +189,22 @@ inline void convert(const float* __restrict in, Index count, BFloat16* __restric
   }
 }
 #endif
+
+inline __m512 load(const float* in) { return _mm512_loadu_ps(in); }
+
+inline __m512 load(const BFloat16* in) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+// The sum of value(i) over i = 0, 16, …, vectors of sixteen each. A compiler that may not reorder sums adds their lanes
+// up one after the other, which takes longer than all before; these meet in pairs.
+template <typename Value>
+inline float sum_of(Index count, const Value& value) {
+  __m512 sum = _mm512_setzero_ps();
+  for (Index i = 0; i < count; i += 16) sum = _mm512_add_ps(sum, value(i));
+  return _mm512_reduce_add_ps(sum);
+}
 
 // A matrix as it is multiplied: in its own place where that has the type, else a copy of these rows.
 template <typename C, typename T>
