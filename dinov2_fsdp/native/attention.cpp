@@ -54,6 +54,17 @@ inline int heads_at_a_time(const Heads& at) {
   return static_cast<int>(at.sequences >= 4 * omp_get_max_threads() ? at.heads : 1);
 }
 
+// Asks for one row of a head of queries, keys and values, or of other parts, which lie far from the rows around it: no
+// processor guesses that. They are wanted later, so that the nearest cache stays to what is worked on.
+template <typename T>
+inline void ask_for_row(const T* first, Index row, const Heads& at, Index parts) {
+  for (Index part = 0; part < parts; ++part) {
+    const char* lies = reinterpret_cast<const char*>(first + (row * parts + part) * at.stride());
+    for (Index byte = 0; byte < at.dim * static_cast<Index>(sizeof(T)); byte += 64)
+      _mm_prefetch(lies + byte, _MM_HINT_T1);
+  }
+}
+
 // Rows that are multiplied in pairs are an even number.
 template <typename C>
 inline Index depth_of(Index length) {
@@ -92,7 +103,7 @@ void attention(const T* qkv, Heads at, float factor, T* out) {
     const Scratch<C> halves(kHalf ? kQueries * wide : 1);
 #pragma omp for schedule(dynamic, some_heads)
     for (Index i = 0; i < count; ++i) {
-      const T* first = qkv + at.of(i, 3);
+      const T *first = qkv + at.of(i, 3), *next = (i + 1) % some_heads ? qkv + at.of(i + 1, 3) : nullptr;
       const Left<C> key = read(first + at.stride(), row, length, dim, copy.get());
       pack_transposed(key.at, key.row_step, dim, length, keys.get());
       lay_out<kPanel>(first + 2 * at.stride(), row, length, dim, depth, values.get());
@@ -104,6 +115,7 @@ void attention(const T* qkv, Heads at, float factor, T* out) {
         for (Index r = 0; r < some; ++r) {
           float* scores = cached.get() + r * wide;
           softmax_row(scores, length, factor);
+          if (next) ask_for_row(next, start + r, at, 3);
           if constexpr (kHalf) convert(scores, depth, halves.get() + r * wide);
         }
         Left<C> some_weights;
@@ -184,6 +196,11 @@ void attention_backward(const C* gradient, const T* qkv, Heads at, float factor,
         float* __restrict of_scores = scores.get() + r * wide;
         float* __restrict at_row = weights.get() + r * wide;
         softmax_row(at_row, length, factor);
+        if ((i + 1) % some_heads) {
+          ask_for_row(qkv + at.of(i + 1, 3), r, at, 3);
+          ask_for_row(gradient + at.of(i + 1, 1), r, at, 1);
+          ask_for_row(of_qkv + at.of(i + 1, 3), r, at, 3);
+        }
         // Behind the softmax weights stand zeros, so that zeros do behind these.
         for (Index c = length; c < (length + 15) / 16 * 16; ++c) of_scores[c] = 0.0f;
         const float sum = sum_of(length, [=](Index c) { return _mm512_mul_ps(load(of_scores + c), load(at_row + c)); });
