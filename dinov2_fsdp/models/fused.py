@@ -245,9 +245,7 @@ def _attention_flops(qkv: tuple[int, ...], sequences: int, *_: object, **__: obj
 
 
 @register_flop_formula(torch.ops.dinov2_fsdp.attention_backward)
-def _attention_backward_flops(
-    grad: object, qkv: tuple[int, ...], sequences: int, *_: object, **__: object
-) -> int:
+def _attention_backward_flops(grad: object, qkv: tuple[int, ...], sequences: int, *_: object, **__: object) -> int:
     return 2 * _attention_flops(qkv, sequences)  # without what is computed again
 
 
