@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import colorsys
 import io
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +15,23 @@ from made_images import PUBLISHED, jpeg, natural, noise
 from numpy.typing import NDArray
 from PIL import Image
 
+from dinov2_fsdp import native
 from dinov2_fsdp.data import augment, fast_augment
 from dinov2_fsdp.data.augment import CropParameters, MultiCrop, multi_crop
 from dinov2_fsdp.data.fast_augment import FastMultiCrop, reduced_box, reduction
 from dinov2_fsdp.data.sources.decoding import LazyImage
+
+COMPILED = (found := native.library()) is not None and "recolour" in found.names
+
+
+@pytest.fixture(autouse=True, params=["compiled", "OpenCV"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Colours by compiled code, and by what runs where there is none."""
+    if request.param == "compiled" and not COMPILED:
+        pytest.skip("compiled colours need AVX-512 and an installation with a compiler")
+    with nullcontext() if request.param == "compiled" else native.switched_off():
+        yield request.param
+
 
 PLAIN = CropParameters(box=(0, 0, 96, 96), flip=False, jitter=(), gray=False, blur_sigma=None, solarize_threshold=None)
 
@@ -78,6 +93,49 @@ def test_a_hue_past_the_end_comes_round() -> None:
     found = fast_augment.apply(red, replace(PLAIN, box=(0, 0, 4, 4), jitter=(("hue", 0.1),)), 4)[0, 0]
     hue = colorsys.rgb_to_hsv(*(found / 255))[0]
     assert hue == pytest.approx((colorsys.rgb_to_hsv(1, 0, 20 / 255)[0] + 0.1) % 1, abs=0.01)
+
+
+@pytest.mark.parametrize("way", ["compiled"], indirect=True)
+@pytest.mark.parametrize("size", [1, 5, 16, 37, 56])
+@pytest.mark.parametrize("order", [0, 7, 13, 22])
+def test_compiled_colours_are_pillows_but_for_one_in_many(order: int, size: int) -> None:
+    """Pillow's own rounding decides where an exact hue or saturation is a whole number; all else is the same."""
+    operations = (("brightness", 1.3), ("contrast", 0.7), ("saturation", 1.2), ("hue", -0.08))
+    jitter = tuple(operations[i] for i in augment.JITTER_ORDERS[order])
+    for left_out in ("hue", None):
+        chosen = tuple(operation for operation in jitter if operation[0] != left_out)
+        for gray in (False, True):
+            drawn = replace(PLAIN, box=(20, 20, size, size), flip=True, jitter=chosen, gray=gray, solarize_threshold=99)
+            for pixels in (noise(), natural()):
+                found = np.abs(difference(pixels, drawn, size))
+                assert (found > 0).mean() <= (0.0 if left_out else 0.02)
+
+
+@pytest.mark.parametrize("way", ["compiled"], indirect=True)
+def test_every_hue_and_saturation_comes_back_as_pillows() -> None:
+    steps = np.array([*range(0, 256, 5), 1, 2, 254], np.uint8)
+    colours = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
+    side = int(len(colours) ** 0.5)
+    square = colours[: side * side].reshape(side, side, 3)
+    for factor in (-0.1, 0.0, 0.07, 0.5):
+        found = np.abs(difference(square, replace(PLAIN, box=(0, 0, side, side), jitter=(("hue", factor),)), side))
+        assert (found > 0).mean() < 0.01
+        assert found.max() <= 6  # a step of hue
+
+
+@pytest.mark.parametrize("way", ["compiled"], indirect=True)
+@pytest.mark.parametrize("size", [1, 3, 31, 32, 33, 70])
+@pytest.mark.parametrize("sigma", [0.1, 0.8, 2.0, 6.0])
+def test_a_compiled_blur_is_that_of_its_kernel(sigma: float, size: int) -> None:
+    """Crops of fewer pixels than the kernel has weights, and of all rests of a vector."""
+    pixels = noise(size, size)
+    found = fast_augment.apply(pixels, replace(PLAIN, box=(0, 0, size, size), blur_sigma=sigma), size)
+    kernel = fast_augment._blur_kernel(fast_augment._rounded(sigma)).astype(float)
+    radius = len(kernel) // 2
+    exact = np.pad(pixels.astype(float), ((radius, radius), (radius, radius), (0, 0)), mode="edge")
+    for axis in (0, 1):
+        exact = np.apply_along_axis(np.convolve, axis, exact, kernel, "valid")
+    assert np.abs(found - exact).max() <= 0.5 + 0.1
 
 
 @pytest.mark.parametrize("pixels", [noise(), natural()], ids=["noise", "natural"])
@@ -274,7 +332,8 @@ def test_weights_of_a_blur_that_are_left_out_move_no_value_by_more_than_a_level(
         found = fast_augment.apply(edge, replace(PLAIN, blur_sigma=sigma), 96)
         with monkeypatch.context() as patch:
             patch.setattr(fast_augment, "NEGLIGIBLE", 0.0)
-            patch.setattr(fast_augment, "_blur_kernel", fast_augment._blur_kernel.__wrapped__)
+            for kernel in ("_blur_kernel", "_half_kernel"):
+                patch.setattr(fast_augment, kernel, getattr(fast_augment, kernel).__wrapped__)
             whole = fast_augment.apply(edge, replace(PLAIN, blur_sigma=sigma), 96)
         assert np.abs(found.astype(int) - whole).max() <= 1
 

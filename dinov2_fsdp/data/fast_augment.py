@@ -1,12 +1,14 @@
 """The augmentation of :mod:`augment`, several times as fast: the same draws, pixels that differ by rounding.
 
 What makes it fast: a JPEG file is decoded at a reduced size when every crop is shrunk by more than that anyway; the
-resampling is torch's vectorised one (Pillow's filter in Pillow's fixed point); colours and blur run through OpenCV,
-the blur with the kernel that Pillow's three box filters amount to.
+resampling is torch's vectorised one (Pillow's filter in Pillow's fixed point); a crop's colours are one pass of
+compiled code where a processor has AVX-512 (:mod:`dinov2_fsdp.native`, ``colours.cpp``), equal to Pillow's but for hue,
+and OpenCV's elsewhere; the blur has the kernel that Pillow's three box filters amount to.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 from collections.abc import Sequence
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 
 from dinov2_fsdp.data.augment import CropParameters, MultiCrop
 from dinov2_fsdp.data.sources.decoding import LazyImage
+from dinov2_fsdp.native import Library, library
 
 # Workers are the parallelism; OpenCV's own threads would fight with them and do not survive a fork.
 cv2.setNumThreads(0)
@@ -39,6 +42,9 @@ SIGMA_STEPS = 256
 
 NEGLIGIBLE = 1 / 2048
 """Outer weights of a blur below this are left out; each would move a value by an eighth of a level at most."""
+
+OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+"""As compiled code numbers them."""
 
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -66,11 +72,7 @@ class FastMultiCrop(MultiCrop):
             for drawn, size in zip(parameters, sizes, strict=True)
         ]
         for crop, picture, drawn in zip(crops, resized, parameters, strict=True):
-            recoloured = recolour(picture, drawn)
-            if recoloured.ndim == 2:
-                crop[...] = recoloured
-            else:
-                cv2.split(recoloured, [*crop])
+            recolour(picture, drawn, crop)
 
 
 class UncolouredMultiCrop(FastMultiCrop):
@@ -118,8 +120,9 @@ def apply(pixels: NDArray[np.uint8], parameters: CropParameters, size: int) -> M
     Args:
         pixels: (height, width, 3) uint8.
     """
-    crop = recolour(resize(pixels, parameters.box, size), parameters)
-    return cv2.cvtColor(crop, cv2.COLOR_GRAY2RGB) if crop.ndim == 2 else crop
+    planes = np.empty((3, size, size), np.uint8)
+    recolour(resize(pixels, parameters.box, size), parameters, planes)
+    return planes.transpose(1, 2, 0)
 
 
 def resize(pixels: NDArray[np.uint8], box: tuple[int, int, int, int], size: int) -> MatLike:
@@ -133,11 +136,35 @@ def resize(pixels: NDArray[np.uint8], box: tuple[int, int, int, int], size: int)
     return F.interpolate(image, (size, size), mode="bicubic", antialias=True).numpy()[0].transpose(1, 2, 0)
 
 
-def recolour(crop: MatLike, parameters: CropParameters) -> MatLike:
-    """Return a resampled crop with all that ``parameters`` ask for beside their box; (size, size) if it is grey.
+def recolour(crop: MatLike, parameters: CropParameters, planes: NDArray[np.uint8]) -> None:
+    """Write a resampled crop with all that ``parameters`` ask for beside their box to ``planes``, (3, size, size).
 
-    The crop's own memory is written to: fresh memory would take a third of the time again.
+    The crop's own memory may be written to as well: fresh memory would take a third of the time again.
     """
+    compiled = library()
+    if compiled is not None and "recolour" in compiled.names and crop.flags.c_contiguous and planes.flags.c_contiguous:
+        _compiled_recolour(compiled, crop, parameters, planes)
+        return
+    found = _recolour(crop, parameters)
+    if found.ndim == 2:
+        planes[...] = found
+    else:
+        cv2.split(found, [*planes])
+
+
+def _compiled_recolour(compiled: Library, crop: MatLike, drawn: CropParameters, planes: NDArray[np.uint8]) -> None:
+    count, factors = len(drawn.jitter), [_shift(by) if name == "hue" else by for name, by in drawn.jitter]
+    kinds = (ctypes.c_int * count)(*[OPERATIONS.index(name) for name, _ in drawn.jitter])
+    kernel = None if drawn.blur_sigma is None else _half_kernel(_rounded(drawn.blur_sigma))
+    compiled.recolour(
+        *(crop.ctypes.data, len(crop), int(drawn.flip), count, kinds, (ctypes.c_float * count)(*factors)),
+        *(int(drawn.gray), None if kernel is None else kernel.ctypes.data, -1 if kernel is None else len(kernel) - 1),
+        *(256 if drawn.solarize_threshold is None else drawn.solarize_threshold, planes.ctypes.data),
+    )
+
+
+def _recolour(crop: MatLike, parameters: CropParameters) -> MatLike:
+    """Return the crop by OpenCV; (size, size) if it is grey."""
     if parameters.flip:
         crop = cv2.flip(crop, 1)
     for operation, factor in parameters.jitter:
@@ -145,7 +172,7 @@ def recolour(crop: MatLike, parameters: CropParameters) -> MatLike:
     if parameters.gray:
         crop = cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY)
     if parameters.blur_sigma is not None:
-        kernel = _blur_kernel(round(parameters.blur_sigma * SIGMA_STEPS) / SIGMA_STEPS)
+        kernel = _blur_kernel(_rounded(parameters.blur_sigma))
         crop = cv2.sepFilter2D(crop, -1, kernel, kernel, borderType=cv2.BORDER_REPLICATE)
     if parameters.solarize_threshold is not None:
         values = np.arange(256, dtype=np.uint8)
@@ -155,7 +182,7 @@ def recolour(crop: MatLike, parameters: CropParameters) -> MatLike:
 
 def _adjust(crop: MatLike, operation: str, factor: float) -> MatLike:
     if operation == "hue":
-        return _shift_hue(crop, int(factor * 255) % 256)
+        return _shift_hue(crop, _shift(factor))
     if operation == "saturation":
         gray = cv2.cvtColor(cv2.cvtColor(crop, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
         return cv2.addWeighted(crop, factor, gray, 1 - factor, _TRUNCATE, dst=crop)
@@ -166,6 +193,11 @@ def _adjust(crop: MatLike, operation: str, factor: float) -> MatLike:
     if offset < -0.5:  # where convertScaleAbs would turn what is below zero round
         return cv2.addWeighted(crop, factor, crop, 0, offset, dst=crop)
     return cv2.convertScaleAbs(crop, dst=crop, alpha=factor, beta=offset)
+
+
+def _shift(factor: float) -> int:
+    """Return what is added to a hue of 8 bits."""
+    return int(factor * 255) % 256
 
 
 def _shift_hue(crop: MatLike, shift: int) -> MatLike:
@@ -180,6 +212,18 @@ def _shift_hue(crop: MatLike, shift: int) -> MatLike:
 def _row_of_shifts(width: int, shift: int) -> NDArray[np.uint8]:
     """Return what is added to a whole row, zeros included, because numpy is slow where it has to stride."""
     return np.array([shift, 0, 0] * width, np.uint8)
+
+
+def _rounded(sigma: float) -> float:
+    return round(sigma * SIGMA_STEPS) / SIGMA_STEPS
+
+
+@functools.lru_cache(maxsize=1024)
+def _half_kernel(sigma: float) -> NDArray[np.int16]:
+    """Return the middle and one side of :func:`_blur_kernel` times 2¹⁵; what rounding adds goes to the middle."""
+    kernel = _blur_kernel(sigma)
+    side = np.round(kernel[len(kernel) // 2 + 1 :] * np.float64(2**15)).astype(int)
+    return np.array([min(2**15 - 1, 2**15 - 2 * side.sum()), *side], np.int16)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,0 +1,251 @@
+// Colours, blur and solarisation of one crop, from its resampled pixels to planes: one pass over memory for all of them but
+// what needs a whole crop before it can go on, contrast's mean and the blur.
+//
+// Between two operations values are whole numbers in single precision, as Pillow cuts fractions off after each.
+
+#include "common.h"
+
+#ifdef __AVX512F__
+
+namespace {
+
+using Byte = std::uint8_t;
+
+enum Operation { kBrightness, kContrast, kSaturation, kHue };
+
+struct Pixels {
+  __m512 red, green, blue;
+};
+
+inline __m512 all(float value) { return _mm512_set1_ps(value); }
+inline __m512 whole(__m512 value) { return _mm512_cvtepi32_ps(_mm512_cvttps_epi32(value)); }
+inline __m512 limited(__m512 value) {
+  return whole(_mm512_min_ps(_mm512_max_ps(value, _mm512_setzero_ps()), all(255.0f)));
+}
+
+// To a relative error of 2^-28: from 14 bits, once by Newton's method.
+inline __m512 reciprocal(__m512 value) {
+  const __m512 about = _mm512_rcp14_ps(value);
+  return _mm512_mul_ps(about, _mm512_fnmadd_ps(value, about, all(2.0f)));
+}
+
+// ITU-R 601-2 in Pillow's fixed point: whole numbers below 2^24, so that sums in single precision are exact.
+inline __m512 luma(const Pixels& p) {
+  __m512 sum = _mm512_fmadd_ps(p.red, all(19595.0f), all(32768.0f));
+  sum = _mm512_fmadd_ps(p.green, all(38470.0f), sum);
+  sum = _mm512_fmadd_ps(p.blue, all(7471.0f), sum);
+  return whole(_mm512_mul_ps(sum, all(1.0f / 65536.0f)));
+}
+
+inline __mmask16 first_of(Index count) { return static_cast<__mmask16>(count >= 16 ? 0xffffu : (1u << count) - 1u); }
+
+inline Pixels read(const Byte* planes, Index plane, __mmask16 mask) {
+  const auto channel = [=](Index index) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, planes + index * plane)));
+  };
+  return {channel(0), channel(1), channel(2)};
+}
+
+inline void write(const Pixels& p, Index plane, __mmask16 mask, Byte* planes) {
+  const auto channel = [=](Index index, __m512 values) {
+    _mm512_mask_cvtepi32_storeu_epi8(planes + index * plane, mask, _mm512_cvttps_epi32(values));
+  };
+  channel(0, p.red), channel(1, p.green), channel(2, p.blue);
+}
+
+// Each value · factor + that of `by` · (1 - factor). Rounded twice, as Pillow's is: where the result is a whole number,
+// that decides whether it stays one. Said so that a compiler does not put the two together.
+inline void blend(Pixels& p, __m512 by, float factor) {
+  for (__m512* values : {&p.red, &p.green, &p.blue}) {
+    const __m512 part = _mm512_mul_round_ps(all(factor), _mm512_sub_ps(*values, by),
+                                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    *values = limited(_mm512_add_ps(part, by));
+  }
+}
+
+// One channel of HSV's way back: `place` is 5, 3, 1 for red, green, blue; hue in sixths of the circle.
+inline __m512 channel(float place, __m512 hue, __m512 value, __m512 chroma) {
+  __m512 k = _mm512_add_ps(all(place), hue);
+  k = _mm512_mask_sub_ps(k, _mm512_cmp_ps_mask(k, all(6.0f), _CMP_GE_OQ), k, all(6.0f));
+  const __m512 lower = _mm512_min_ps(k, _mm512_sub_ps(all(4.0f), k));
+  const __m512 part = _mm512_min_ps(_mm512_max_ps(lower, _mm512_setzero_ps()), all(1.0f));
+  return whole(_mm512_fnmadd_ps(chroma, part, _mm512_add_ps(value, all(0.5f))));
+}
+
+// Pillow's way to HSV and back, with 8 bits for hue and saturation between.
+inline void shift_hue(Pixels& p, float shift) {
+  const __m512 tiny = all(2e-4f);  // less than the least fraction of an exact result, more than rounding
+  const __m512 value = _mm512_max_ps(p.red, _mm512_max_ps(p.green, p.blue));
+  const __m512 range = _mm512_sub_ps(value, _mm512_min_ps(p.red, _mm512_min_ps(p.green, p.blue)));
+  const __m512 scale = reciprocal(_mm512_max_ps(range, all(1.0f)));
+  const __mmask16 is_red = _mm512_cmp_ps_mask(p.red, value, _CMP_EQ_OQ);
+  const __mmask16 is_green = _mm512_cmp_ps_mask(p.green, value, _CMP_EQ_OQ);
+  __m512 difference = _mm512_sub_ps(p.red, p.green), place = all(4.0f);
+  difference = _mm512_mask_sub_ps(difference, is_green, p.blue, p.red);
+  place = _mm512_mask_mov_ps(place, is_green, all(2.0f));
+  difference = _mm512_mask_sub_ps(difference, is_red, p.green, p.blue);
+  place = _mm512_maskz_mov_ps(static_cast<__mmask16>(~is_red), place);
+  __m512 hue = _mm512_fmadd_ps(difference, scale, place);
+  hue = _mm512_mask_add_ps(hue, _mm512_cmp_ps_mask(hue, _mm512_setzero_ps(), _CMP_LT_OQ), hue, all(6.0f));
+  hue = _mm512_add_ps(whole(_mm512_fmadd_ps(hue, all(42.5f), tiny)), all(shift));
+  hue = _mm512_mask_sub_ps(hue, _mm512_cmp_ps_mask(hue, all(256.0f), _CMP_GE_OQ), hue, all(256.0f));
+  hue = _mm512_mul_ps(hue, all(6.0f / 255.0f));
+  const __m512 least = reciprocal(_mm512_max_ps(value, all(1.0f)));
+  const __m512 saturation = whole(_mm512_fmadd_ps(_mm512_mul_ps(range, all(255.0f)), least, tiny));
+  const __m512 chroma = _mm512_mul_ps(_mm512_mul_ps(value, all(1.0f / 255.0f)), saturation);
+  p = {channel(5.0f, hue, value, chroma), channel(3.0f, hue, value, chroma), channel(1.0f, hue, value, chroma)};
+}
+
+inline void apply(Pixels& p, int operation, float factor, float mean) {
+  switch (operation) {
+    case kBrightness:
+      return blend(p, _mm512_setzero_ps(), factor);
+    case kContrast:
+      return blend(p, all(mean), factor);
+    case kSaturation:
+      return blend(p, luma(p), factor);
+    case kHue:
+      return shift_hue(p, factor);
+  }
+}
+
+// (size, size, 3) → planes, mirrored if asked for.
+void split(const Byte* pixels, Index size, bool flip, Byte* planes) {
+  const Index plane = size * size;
+  // Which of 48 bytes are the channels of sixteen pixels, for each third of them by itself; -1 is none of it.
+  alignas(16) signed char places[3][3][16];
+  for (int channel = 0; channel < 3; ++channel)
+    for (int part = 0; part < 3; ++part)
+      for (int i = 0; i < 16; ++i) {
+        const int at = 3 * (flip ? 15 - i : i) + channel - 16 * part;
+        places[channel][part][i] = static_cast<signed char>(at >= 0 && at < 16 ? at : -1);
+      }
+  __m128i orders[3][3];
+  for (int channel = 0; channel < 3; ++channel)
+    for (int part = 0; part < 3; ++part)
+      orders[channel][part] = _mm_load_si128(reinterpret_cast<const __m128i*>(places[channel][part]));
+  for (Index row = 0; row < size; ++row) {
+    const Byte* in = pixels + row * size * 3;
+    Byte* out = planes + row * size;
+    Index column = 0;
+    for (; column + 16 <= size; column += 16) {
+      const __m128i* at = reinterpret_cast<const __m128i*>(in + 3 * column);
+      const __m128i first = _mm_loadu_si128(at), second = _mm_loadu_si128(at + 1), third = _mm_loadu_si128(at + 2);
+      for (int channel = 0; channel < 3; ++channel) {
+        __m128i found = _mm_shuffle_epi8(first, orders[channel][0]);
+        found = _mm_or_si128(found, _mm_shuffle_epi8(second, orders[channel][1]));
+        found = _mm_or_si128(found, _mm_shuffle_epi8(third, orders[channel][2]));
+        Byte* target = out + channel * plane + (flip ? size - 16 - column : column);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(target), found);
+      }
+    }
+    for (; column < size; ++column)
+      for (Index channel = 0; channel < 3; ++channel)
+        out[channel * plane + (flip ? size - 1 - column : column)] = in[3 * column + channel];
+  }
+}
+
+// ---- Blur: values times 64 in 16 bits, weights times 2^15, every product rounded.
+
+constexpr Index kWide = 32;  // values of a vector
+constexpr int kBits = 6;
+
+// Σ kernel[i] · (what lies i before the middle + what lies i behind it).
+template <typename Lines>
+inline __m512i weighted(const std::int16_t* kernel, Index radius, const Lines& line) {
+  __m512i sum = _mm512_mulhrs_epi16(line(0), _mm512_set1_epi16(kernel[0]));
+  for (Index i = 1; i <= radius; ++i) {
+    const __m512i both = _mm512_add_epi16(line(-i), line(i));
+    sum = _mm512_add_epi16(sum, _mm512_mulhrs_epi16(both, _mm512_set1_epi16(kernel[i])));
+  }
+  return sum;
+}
+
+// By a symmetric kernel, of which there are the middle and what follows, along either side; at the borders what is
+// outermost is repeated.
+void blur(Byte* plane, Index size, const std::int16_t* kernel, Index radius) {
+  const Index width = (size + kWide - 1) / kWide * kWide, taps = 2 * radius + 1;
+  const Scratch<std::int16_t> wide(width + 2 * radius), filtered(taps * width);
+  const Scratch<std::int16_t*> lines(taps);
+  const auto filter_row = [&](Index row) {
+    const Byte* in = plane + row * size;
+    std::int16_t *middle = wide.get() + radius, *out = filtered.get() + (row % taps) * width;
+    for (Index i = 0; i < size; i += kWide) {
+      const auto mask = static_cast<__mmask32>(size - i >= kWide ? 0xffffffffu : (1u << (size - i)) - 1u);
+      const __m512i values = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, in + i));
+      _mm512_storeu_si512(middle + i, _mm512_slli_epi16(values, kBits));
+    }
+    for (Index i = 1; i <= radius; ++i) middle[-i] = middle[0];
+    for (Index i = size; i < width + radius; ++i) middle[i] = middle[size - 1];
+    for (Index i = 0; i < width; i += kWide)
+      _mm512_storeu_si512(out + i, weighted(kernel, radius, [=](Index by) {
+                            return _mm512_loadu_si512(middle + i + by);
+                          }));
+  };
+  Index done = 0;
+  for (Index row = 0; row < size; ++row) {
+    // A row is written when all that depend on it were filtered along it.
+    for (; done < std::min(size, row + radius + 1); ++done) filter_row(done);
+    for (Index i = 0; i < taps; ++i)
+      lines.get()[i] = filtered.get() + std::min(std::max<Index>(row + i - radius, 0), size - 1) % taps * width;
+    for (Index i = 0; i < width; i += kWide) {
+      const __m512i sum = weighted(kernel, radius, [&](Index by) {
+        return _mm512_loadu_si512(lines.get()[radius + by] + i);
+      });
+      const __m512i rounded = _mm512_srli_epi16(_mm512_add_epi16(sum, _mm512_set1_epi16(1 << (kBits - 1))), kBits);
+      const auto mask = static_cast<__mmask32>(size - i >= kWide ? 0xffffffffu : (1u << (size - i)) - 1u);
+      _mm512_mask_cvtusepi16_storeu_epi8(plane + row * size + i, mask, rounded);
+    }
+  }
+}
+
+}  // namespace
+
+// `pixels` (size, size, 3) → `planes` (3, size, size), mirrored if asked for. `kinds` of operations in order, each with its
+// factor (hue: what is added, 0 to 255). The middle of the blur's kernel and `radius` weights behind it, times 2^15; no blur
+// for less than 0. Values from `threshold` on are inverted.
+EXPORT void dinov2_recolour(const std::uint8_t* pixels, Index size, int flip, int operations, const int* kinds,
+                            const float* factors, int grey, const std::int16_t* kernel, Index radius, int threshold,
+                            std::uint8_t* planes) {
+  const Index plane = size * size;
+  split(pixels, size, flip != 0, planes);
+  for (int first = 0; first < operations || (first == operations && grey);) {
+    int last = first + 1;
+    while (last < operations && kinds[last] != kContrast) ++last;
+    last = std::min(last, operations);
+    float mean = 0.0f;
+    if (first < operations && kinds[first] == kContrast) {
+      __m512i sum = _mm512_setzero_si512();
+      for (Index at = 0; at < plane; at += 16) {
+        const __mmask16 mask = first_of(plane - at);
+        const __m512 values = luma(read(planes + at, plane, mask));
+        sum = _mm512_add_epi32(sum, _mm512_maskz_cvttps_epi32(mask, values));
+      }
+      const __m512i low = _mm512_cvtepu32_epi64(_mm512_castsi512_si256(sum));
+      const __m512i high = _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(sum, 1));
+      const auto total = static_cast<double>(_mm512_reduce_add_epi64(_mm512_add_epi64(low, high)));
+      mean = static_cast<float>(std::floor(total / static_cast<double>(plane) + 0.5));
+    }
+    for (Index at = 0; at < plane; at += 16) {
+      const __mmask16 mask = first_of(plane - at);
+      Pixels p = read(planes + at, plane, mask);
+      for (int i = first; i < last; ++i) apply(p, kinds[i], factors[i], mean);
+      if (grey && last == operations) p.red = p.green = p.blue = luma(p);
+      write(p, plane, mask, planes + at);
+    }
+    if (last == operations) break;
+    first = last;
+  }
+  if (radius >= 0) {
+    for (Index channel = 0; channel < (grey ? 1 : 3); ++channel) blur(planes + channel * plane, size, kernel, radius);
+    for (Index channel = 1; grey && channel < 3; ++channel)
+      std::memcpy(planes + channel * plane, planes, static_cast<std::size_t>(plane));
+  }
+  if (threshold < 256) {
+#pragma omp simd
+    for (Index i = 0; i < 3 * plane; ++i)
+      planes[i] = planes[i] < threshold ? planes[i] : static_cast<Byte>(255 - planes[i]);
+  }
+}
+
+#endif
