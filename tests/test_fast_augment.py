@@ -67,6 +67,36 @@ def test_crop_and_resize_differ_by_rounding(
     assert found.mean() < 0.05
 
 
+@pytest.mark.parametrize("way", ["compiled"], indirect=True)
+@pytest.mark.parametrize("height", [96, 30, 1])
+@pytest.mark.parametrize("width", [96, 50, 17, 1])
+@pytest.mark.parametrize("size", [1, 15, 16, 33, 80, 200])
+def test_compiled_resampling_is_that_of_its_filter(width: int, height: int, size: int) -> None:
+    """Rows first, then columns, in double precision. Sixteen pixels are picked from 32 values, from 64 and from memory."""
+
+    def filtered(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The first axis resampled, whole numbers again."""
+        scale = len(pixels) / size
+        wide = max(scale, 1.0)
+        found = []
+        for middle in (np.arange(size) + 0.5) * scale:
+            first, last = max(0, int(middle - 2 * wide + 0.5)), min(len(pixels), int(middle + 2 * wide + 0.5))
+            x = np.abs((np.arange(first, last) - middle + 0.5) / wide)
+            near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+            weights = np.where(x < 1, near, np.where(x < 2, far, 0))
+            found.append(np.tensordot(weights / weights.sum(), pixels[first:last], 1))
+        return np.clip(np.floor(np.array(found) + 0.5), 0, 255)
+
+    image = noise()
+    box = image[:height, :width].astype(float)
+    exact = filtered(filtered(box.transpose(1, 0, 2)).transpose(1, 0, 2))
+    for flip in (False, True):
+        found = fast_augment.apply(image, replace(PLAIN, box=(0, 0, height, width), flip=flip), size).astype(int)
+        wrong = np.abs((found[:, ::-1] if flip else found) - exact)
+        assert wrong.max() <= 1  # single precision, where a half is rounded
+        assert (wrong > 0).mean() < 1e-3
+
+
 @pytest.mark.parametrize("pixels", [noise(), natural()], ids=["noise", "natural"])
 @pytest.mark.parametrize("factor", [0.0, 0.6, 0.93, 1.0, 1.21, 1.4, 2.0])
 @pytest.mark.parametrize("operation", ["brightness", "contrast", "saturation"])

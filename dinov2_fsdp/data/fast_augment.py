@@ -66,12 +66,10 @@ class FastMultiCrop(MultiCrop):
         sizes = [crop.shape[-1] for crop in crops]
         factor = reduction(parameters, sizes) if image.reducible else 1
         pixels = image.pixels(factor)
+        moved = [replace(drawn, box=reduced_box(drawn.box, factor, pixels)) for drawn in parameters]
         # One stage after the other over all crops: each leaves the processor's caches to its own code.
-        resized = [
-            resize(pixels, reduced_box(drawn.box, factor, pixels), size)
-            for drawn, size in zip(parameters, sizes, strict=True)
-        ]
-        for crop, picture, drawn in zip(crops, resized, parameters, strict=True):
+        resized = [resize(pixels, drawn, crop) for crop, drawn in zip(crops, moved, strict=True)]
+        for crop, picture, drawn in zip(crops, resized, moved, strict=True):
             recolour(picture, drawn, crop)
 
 
@@ -121,14 +119,35 @@ def apply(pixels: NDArray[np.uint8], parameters: CropParameters, size: int) -> M
         pixels: (height, width, 3) uint8.
     """
     planes = np.empty((3, size, size), np.uint8)
-    recolour(resize(pixels, parameters.box, size), parameters, planes)
+    recolour(resize(pixels, parameters, planes), parameters, planes)
     return planes.transpose(1, 2, 0)
 
 
-def resize(pixels: NDArray[np.uint8], box: tuple[int, int, int, int], size: int) -> MatLike:
-    """Return what lies in the ``box`` (top, left, height, width), resampled to (size, size, 3); a copy in any case."""
-    top, left, height, width = box
-    crop = pixels[top : top + height, left : left + width]
+def resize(pixels: NDArray[np.uint8], parameters: CropParameters, planes: NDArray[np.uint8]) -> MatLike | None:
+    """Resample what lies in the box, and flip it if that was drawn.
+
+    Returns:
+        None if it is in ``planes``, (3, size, size), where compiled code writes it; otherwise (size, size, 3), which is
+        a copy in any case.
+    """
+    top, left, height, width = parameters.box
+    crop, size = pixels[top : top + height, left : left + width], planes.shape[-1]
+    compiled = library()
+    if (
+        compiled is not None
+        and "resample" in compiled.names
+        and (planes.flags.c_contiguous and pixels.flags.c_contiguous and pixels.dtype == np.uint8)
+    ):
+        strides = (crop.ctypes.data, pixels.strides[0], height, width)
+        compiled.resample(*strides, size, int(parameters.flip), planes.ctypes.data)
+        return None
+    resized = _resize(crop, size)
+    return cv2.flip(resized, 1) if parameters.flip else resized
+
+
+def _resize(crop: NDArray[np.uint8], size: int) -> MatLike:
+    """Return a crop resampled by torch, (size, size, 3); a copy in any case."""
+    height, width, _ = crop.shape
     if (height, width) == (size, size):
         return crop.copy()
     # The batch dimension first: torch then knows the image as channels-last, and gives such a one back.
@@ -136,14 +155,16 @@ def resize(pixels: NDArray[np.uint8], box: tuple[int, int, int, int], size: int)
     return F.interpolate(image, (size, size), mode="bicubic", antialias=True).numpy()[0].transpose(1, 2, 0)
 
 
-def recolour(crop: MatLike, parameters: CropParameters, planes: NDArray[np.uint8]) -> None:
-    """Write a resampled crop with all that ``parameters`` ask for beside their box to ``planes``, (3, size, size).
+def recolour(crop: MatLike | None, parameters: CropParameters, planes: NDArray[np.uint8]) -> None:
+    """Give a crop, as :func:`resize` returned it, all that ``parameters`` ask for beside their box and flip.
 
-    The crop's own memory may be written to as well: fresh memory would take a third of the time again.
+    The result is in ``planes``, (3, size, size). The crop's own memory may be written to as well: fresh memory would
+    take a third of the time again.
     """
-    compiled = library()
-    if compiled is not None and "recolour" in compiled.names and crop.flags.c_contiguous and planes.flags.c_contiguous:
-        _compiled_recolour(compiled, crop, parameters, planes)
+    if crop is None:
+        compiled = library()
+        assert compiled is not None  # what has resampled
+        _compiled_recolour(compiled, parameters, planes)
         return
     found = _recolour(crop, parameters)
     if found.ndim == 2:
@@ -152,12 +173,12 @@ def recolour(crop: MatLike, parameters: CropParameters, planes: NDArray[np.uint8
         cv2.split(found, [*planes])
 
 
-def _compiled_recolour(compiled: Library, crop: MatLike, drawn: CropParameters, planes: NDArray[np.uint8]) -> None:
+def _compiled_recolour(compiled: Library, drawn: CropParameters, planes: NDArray[np.uint8]) -> None:
     count, factors = len(drawn.jitter), [_shift(by) if name == "hue" else by for name, by in drawn.jitter]
     kinds = (ctypes.c_int * count)(*[OPERATIONS.index(name) for name, _ in drawn.jitter])
     kernel = None if drawn.blur_sigma is None else _half_kernel(_rounded(drawn.blur_sigma))
     compiled.recolour(
-        *(crop.ctypes.data, len(crop), int(drawn.flip), count, kinds, (ctypes.c_float * count)(*factors)),
+        *(planes.shape[-1], count, kinds, (ctypes.c_float * count)(*factors)),
         *(int(drawn.gray), None if kernel is None else kernel.ctypes.data, -1 if kernel is None else len(kernel) - 1),
         *(256 if drawn.solarize_threshold is None else drawn.solarize_threshold, planes.ctypes.data),
     )
@@ -165,8 +186,6 @@ def _compiled_recolour(compiled: Library, crop: MatLike, drawn: CropParameters, 
 
 def _recolour(crop: MatLike, parameters: CropParameters) -> MatLike:
     """Return the crop by OpenCV; (size, size) if it is grey."""
-    if parameters.flip:
-        crop = cv2.flip(crop, 1)
     for operation, factor in parameters.jitter:
         crop = _adjust(crop, operation, factor)
     if parameters.gray:

@@ -48,7 +48,8 @@ _WITH_AVX512 = {
     "norm_linear_backward": (_INT, *[_POINTER] * 2, *[_INDEX] * 3, *[_POINTER] * 11),
     "scaled_linear": (_INT, _POINTER, *[_INDEX] * 2, *[_POINTER] * 3, _INDEX, *[_POINTER] * 2),
     "scaled_linear_backward": (_INT, *[_POINTER] * 2, *[_INDEX] * 2, *[_POINTER] * 3, _INDEX, *[_POINTER] * 4),
-    "recolour": (_POINTER, _INDEX, _INT, _INT, *[_POINTER] * 2, _INT, _POINTER, _INDEX, _INT, _POINTER),
+    "resample": (_POINTER, *[_INDEX] * 4, _INT, _POINTER),
+    "recolour": (_INDEX, _INT, *[_POINTER] * 2, _INT, _POINTER, _INDEX, _INT, _POINTER),
     "product_of_rows": (_INT, *[_POINTER] * 2, *[_INDEX] * 3, _POINTER),
     "feed_forward": (
         *(_INT, _POINTER, *[_INDEX] * 3, *[_POINTER] * 2, _FLOAT, *[_POINTER] * 5, _INT),

@@ -1,27 +1,19 @@
-// Colours, blur and solarisation of one crop, from its resampled pixels to planes: one pass over memory for all of them but
-// what needs a whole crop before it can go on, contrast's mean and the blur.
+// Colours, blur and solarisation of one crop: one pass over memory for all of them but what needs a whole crop before it
+// can go on, contrast's mean and the blur.
 //
 // Between two operations values are whole numbers in single precision, as Pillow cuts fractions off after each.
 
-#include "common.h"
+#include "pixels.h"
 
 #ifdef __AVX512F__
 
 namespace {
-
-using Byte = std::uint8_t;
 
 enum Operation { kBrightness, kContrast, kSaturation, kHue };
 
 struct Pixels {
   __m512 red, green, blue;
 };
-
-inline __m512 all(float value) { return _mm512_set1_ps(value); }
-inline __m512 whole(__m512 value) { return _mm512_cvtepi32_ps(_mm512_cvttps_epi32(value)); }
-inline __m512 limited(__m512 value) {
-  return whole(_mm512_min_ps(_mm512_max_ps(value, _mm512_setzero_ps()), all(255.0f)));
-}
 
 // To a relative error of 2^-28: from 14 bits, once by Newton's method.
 inline __m512 reciprocal(__m512 value) {
@@ -36,8 +28,6 @@ inline __m512 luma(const Pixels& p) {
   sum = _mm512_fmadd_ps(p.blue, all(7471.0f), sum);
   return whole(_mm512_mul_ps(sum, all(1.0f / 65536.0f)));
 }
-
-inline __mmask16 first_of(Index count) { return static_cast<__mmask16>(count >= 16 ? 0xffffu : (1u << count) - 1u); }
 
 inline Pixels read(const Byte* planes, Index plane, __mmask16 mask) {
   const auto channel = [=](Index index) {
@@ -109,42 +99,6 @@ inline void apply(Pixels& p, int operation, float factor, float mean) {
   }
 }
 
-// (size, size, 3) → planes, mirrored if asked for.
-void split(const Byte* pixels, Index size, bool flip, Byte* planes) {
-  const Index plane = size * size;
-  // Which of 48 bytes are the channels of sixteen pixels, for each third of them by itself; -1 is none of it.
-  alignas(16) signed char places[3][3][16];
-  for (int channel = 0; channel < 3; ++channel)
-    for (int part = 0; part < 3; ++part)
-      for (int i = 0; i < 16; ++i) {
-        const int at = 3 * (flip ? 15 - i : i) + channel - 16 * part;
-        places[channel][part][i] = static_cast<signed char>(at >= 0 && at < 16 ? at : -1);
-      }
-  __m128i orders[3][3];
-  for (int channel = 0; channel < 3; ++channel)
-    for (int part = 0; part < 3; ++part)
-      orders[channel][part] = _mm_load_si128(reinterpret_cast<const __m128i*>(places[channel][part]));
-  for (Index row = 0; row < size; ++row) {
-    const Byte* in = pixels + row * size * 3;
-    Byte* out = planes + row * size;
-    Index column = 0;
-    for (; column + 16 <= size; column += 16) {
-      const __m128i* at = reinterpret_cast<const __m128i*>(in + 3 * column);
-      const __m128i first = _mm_loadu_si128(at), second = _mm_loadu_si128(at + 1), third = _mm_loadu_si128(at + 2);
-      for (int channel = 0; channel < 3; ++channel) {
-        __m128i found = _mm_shuffle_epi8(first, orders[channel][0]);
-        found = _mm_or_si128(found, _mm_shuffle_epi8(second, orders[channel][1]));
-        found = _mm_or_si128(found, _mm_shuffle_epi8(third, orders[channel][2]));
-        Byte* target = out + channel * plane + (flip ? size - 16 - column : column);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(target), found);
-      }
-    }
-    for (; column < size; ++column)
-      for (Index channel = 0; channel < 3; ++channel)
-        out[channel * plane + (flip ? size - 1 - column : column)] = in[3 * column + channel];
-  }
-}
-
 // ---- Blur: values times 64 in 16 bits, weights times 2^15, every product rounded.
 
 constexpr Index kWide = 32;  // values of a vector
@@ -201,14 +155,12 @@ void blur(Byte* plane, Index size, const std::int16_t* kernel, Index radius) {
 
 }  // namespace
 
-// `pixels` (size, size, 3) → `planes` (3, size, size), mirrored if asked for. `kinds` of operations in order, each with its
-// factor (hue: what is added, 0 to 255). The middle of the blur's kernel and `radius` weights behind it, times 2^15; no blur
+// In the place of `planes` (3, size, size). `kinds` of operations in order, each with its factor (hue: what is added, 0 to
+// 255). The middle of the blur's kernel and `radius` weights behind it, times 2^15; no blur
 // for less than 0. Values from `threshold` on are inverted.
-EXPORT void dinov2_recolour(const std::uint8_t* pixels, Index size, int flip, int operations, const int* kinds,
-                            const float* factors, int grey, const std::int16_t* kernel, Index radius, int threshold,
-                            std::uint8_t* planes) {
+EXPORT void dinov2_recolour(Index size, int operations, const int* kinds, const float* factors, int grey,
+                            const std::int16_t* kernel, Index radius, int threshold, std::uint8_t* planes) {
   const Index plane = size * size;
-  split(pixels, size, flip != 0, planes);
   for (int first = 0; first < operations || (first == operations && grey);) {
     int last = first + 1;
     while (last < operations && kinds[last] != kContrast) ++last;
