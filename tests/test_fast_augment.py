@@ -72,7 +72,7 @@ def test_crop_and_resize_differ_by_rounding(
 @pytest.mark.parametrize("width", [96, 50, 17, 1])
 @pytest.mark.parametrize("size", [1, 15, 16, 33, 80, 200])
 def test_compiled_resampling_is_that_of_its_filter(width: int, height: int, size: int) -> None:
-    """Rows first, then columns, in double precision. Sixteen pixels are picked from 32 values, from 64 and from memory."""
+    """Rows first, then columns, in double precision. Sixteen pixels are picked from 32 values, 64, and from memory."""
 
     def filtered(pixels: NDArray[np.float64]) -> NDArray[np.float64]:
         """The first axis resampled, whole numbers again."""
