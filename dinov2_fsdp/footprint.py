@@ -214,6 +214,7 @@ def _kept_by_block(config: Config, kind: str, count: int, length: int) -> int:
     # Input of the attention branch, of its projection and of the feed-forward branch; queries, keys and values.
     values = tokens * (6 * dim + hidden)
     if _plain_attention(config, kind) and length <= MATH_LONGEST:
+        # Not by compiled attention (a CPU with AVX-512), of which a plan does not know.
         values += kept * heads * length**2
     else:
         values += tokens * heads * 4 // size  # the logarithm of each softmax's sum, in float32

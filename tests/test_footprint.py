@@ -10,6 +10,7 @@ from tiny import tiny_config
 from torch import Tensor
 
 from dinov2_fsdp import footprint as footprint_module
+from dinov2_fsdp import native
 from dinov2_fsdp.config import Config, load
 from dinov2_fsdp.counts import count_parameters, masked_patches
 from dinov2_fsdp.data.loader import build_loader
@@ -72,7 +73,21 @@ def kept_by_autograd(config: Config) -> int:
 def test_the_estimate_is_what_autograd_keeps(changes: dict[str, Any]) -> None:
     config = config_of(**changes)
     estimate = activation_bytes(config, "cpu") + logits_bytes(config)
-    assert estimate == pytest.approx(kept_by_autograd(config), rel=0.1)
+    with native.switched_off():
+        assert estimate == pytest.approx(kept_by_autograd(config), rel=0.1)
+
+
+@pytest.mark.skipif(
+    (found := native.parallel_library()) is None or not found.has_branches,
+    reason="compiled attention needs AVX-512 and an installation with a compiler",
+)
+def test_compiled_attention_keeps_no_softmax_weights() -> None:
+    """A plan is made without knowing whether there will be compiled code, and for a CPU counts them."""
+    config = config_of()
+    with native.switched_off():
+        plain = kept_by_autograd(config)
+    weights = 4 * 3 * (16 * 65**2 + 32 * 17**2) * 4
+    assert plain - kept_by_autograd(config) == pytest.approx(weights, rel=0.05)
 
 
 def test_recomputed_blocks_keep_their_input_alone() -> None:
