@@ -50,7 +50,7 @@ struct Filter {
 
 // A filter along rows for sixteen pixels of the result: where each begins behind `base`, and their weights, (taps, 16).
 struct Group {
-  Index base, span, taps;
+  Index base, span, taps;  // the furthest place is span - 1
   alignas(64) std::int32_t places[16];
 };
 
@@ -66,7 +66,7 @@ void group_filter(const Filter& filter, Index size, bool flip, Group* groups, fl
     for (Index lane = 0; lane < 16; ++lane) {
       const Index x = of_lane(lane), place = filter.firsts.get()[x] - group.base, taps = filter.counts.get()[x];
       group.places[lane] = static_cast<std::int32_t>(place);
-      group.span = std::max(group.span, place + taps);
+      group.span = std::max(group.span, place + 1);
       group.taps = std::max(group.taps, taps);
       for (Index k = 0; k < filter.most; ++k)
         weights[(g * filter.most + k) * 16 + lane] = filter.weights.get()[x * filter.most + k];
@@ -82,40 +82,36 @@ inline void read_row(const Byte* pixels, Index width, const Splitter& splitter, 
     });
 }
 
-// Where sixteen values of each channel are picked from: two registers, four, or memory one by one.
+// Sixteen values behind `at`: picked from two registers, from four, or from memory one by one.
 struct FromTwo {
-  __m512 near, far;
-  explicit FromTwo(const float* at) : near(_mm512_loadu_ps(at)), far(_mm512_loadu_ps(at + 16)) {}
-  __m512 operator()(__m512i places) const { return _mm512_permutex2var_ps(near, places, far); }
+  static __m512 pick(const float* at, __m512i places) {
+    return _mm512_permutex2var_ps(_mm512_loadu_ps(at), places, _mm512_loadu_ps(at + 16));
+  }
 };
 
 struct FromFour {
-  FromTwo near, far;
-  explicit FromFour(const float* at) : near(at), far(at + 32) {}
-  __m512 operator()(__m512i places) const {
+  static __m512 pick(const float* at, __m512i places) {
     const __mmask16 is_far = _mm512_test_epi32_mask(places, _mm512_set1_epi32(kWindow / 2));
-    return _mm512_mask_mov_ps(near(places), is_far, far(places));
+    return _mm512_mask_mov_ps(FromTwo::pick(at, places), is_far, FromTwo::pick(at + 32, places));
   }
 };
 
 struct FromMemory {
-  const float* at;
-  explicit FromMemory(const float* at) : at(at) {}
-  __m512 operator()(__m512i places) const { return _mm512_i32gather_ps(places, at, 4); }
+  static __m512 pick(const float* at, __m512i places) { return _mm512_i32gather_ps(places, at, 4); }
 };
 
-// Sixteen pixels; channels lie `wide` apart in the row and `narrow` in the result.
+// Sixteen pixels; channels lie `wide` apart in the row and `narrow` in the result. What is read moves on by a value for
+// each of the filter's weights, the places behind it stay.
 template <typename From>
 inline void filter_from(const Group& group, const float* weights, const float* row, Index wide, float* out,
                         Index narrow) {
-  const From red(row + group.base), green(row + group.base + wide), blue(row + group.base + 2 * wide);
   __m512 sums[3] = {all(0.5f), all(0.5f), all(0.5f)};
-  __m512i places = _mm512_load_si512(group.places);
-  for (Index k = 0; k < group.taps; ++k, places = _mm512_add_epi32(places, _mm512_set1_epi32(1))) {
+  const __m512i places = _mm512_load_si512(group.places);
+  const float* at = row + group.base;
+  for (Index k = 0; k < group.taps; ++k, ++at) {
     const __m512 by = _mm512_load_ps(weights + 16 * k);
-    sums[0] = _mm512_fmadd_ps(red(places), by, sums[0]);
-    sums[1] = _mm512_fmadd_ps(green(places), by, sums[1]);
-    sums[2] = _mm512_fmadd_ps(blue(places), by, sums[2]);
+    for (Index channel = 0; channel < 3; ++channel)
+      sums[channel] = _mm512_fmadd_ps(From::pick(at + channel * wide, places), by, sums[channel]);
   }
   for (Index channel = 0; channel < 3; ++channel) _mm512_store_ps(out + channel * narrow, limited(sums[channel]));
 }
