@@ -32,6 +32,7 @@ from dinov2_fsdp.train import run, train
 STEPS, WARMUP, DEPTH = 6, 2, 2
 SETTINGS: dict[str, Any] = {
     "train__duration": f"{STEPS}it",
+    "crops__implementation": "reference",  # the same images with and without compiled code
     "optim__lr": 0.02,
     "optim__warmup": f"{WARMUP}it",
     "optim__layer_decay": 0.8,
