@@ -1,9 +1,10 @@
 """The augmentation of :mod:`augment`, several times as fast: the same draws, pixels that differ by rounding.
 
-What makes it fast: a JPEG file is decoded at a reduced size when every crop is shrunk by more than that anyway; the
-resampling is torch's vectorised one (Pillow's filter in Pillow's fixed point); a crop's colours are one pass of
-compiled code where a processor has AVX-512 (:mod:`dinov2_fsdp.native`, ``colours.cpp``), equal to Pillow's but for hue,
-and OpenCV's elsewhere; the blur has the kernel that Pillow's three box filters amount to.
+What makes it fast: a JPEG file is decoded at a reduced size when every crop is shrunk by more than that anyway; where
+a processor has AVX-512, compiled code (:mod:`dinov2_fsdp.native`) resamples with Pillow's filter straight into the
+crop's planes (``resample.cpp``), and its colours are one pass (``colours.cpp``), equal to Pillow's but for hue.
+Elsewhere the resampling is torch's (the same filter in fixed point) and colours and blur are OpenCV's. The blur has the
+kernel that Pillow's three box filters amount to.
 """
 
 from __future__ import annotations
@@ -136,10 +137,12 @@ def resize(pixels: NDArray[np.uint8], parameters: CropParameters, planes: NDArra
     if (
         compiled is not None
         and "resample" in compiled.names
-        and (planes.flags.c_contiguous and pixels.flags.c_contiguous and pixels.dtype == np.uint8)
+        and planes.flags.c_contiguous
+        and pixels.flags.c_contiguous
+        and pixels.dtype == np.uint8
     ):
-        strides = (crop.ctypes.data, pixels.strides[0], height, width)
-        compiled.resample(*strides, size, int(parameters.flip), planes.ctypes.data)
+        box = (crop.ctypes.data, pixels.strides[0], height, width)
+        compiled.resample(*box, size, int(parameters.flip), planes.ctypes.data)
         return None
     resized = _resize(crop, size)
     return cv2.flip(resized, 1) if parameters.flip else resized
