@@ -14,6 +14,7 @@ exec((Path(__file__).parent / "dinov2_fsdp" / "__init__.py").read_text(), versio
 _AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 _AVX512 = [*_AVX2, *(f"-mavx512{name}" for name in ("f", "bw", "dq", "vl", "cd")), "-mprefer-vector-width=512"]
 _AVX512_BF16 = [*_AVX512, "-mavx512bf16"]
+_AMX = [*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
 # Neither errno nor traps: functions and comparisons may become vector instructions. No result depends on it.
 _OPTIONS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 
@@ -36,7 +37,7 @@ def compiled():
             language="c++",
             optional=True,
         )
-        for name, flags in (("_avx2", _AVX2), ("_avx512", _AVX512), ("_avx512_bf16", _AVX512_BF16))
+        for name, flags in (("_avx2", _AVX2), ("_avx512", _AVX512), ("_avx512_bf16", _AVX512_BF16), ("_amx", _AMX))
     ]
 
 

@@ -81,6 +81,19 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def use_variant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Use a compiled variant by its name, which need not be the best of those that run here; skip where none does."""
+
+    def use(name: str) -> None:
+        there = {library.variant: library for library in native.all_that_run_here()}
+        if native.parallel_library() is None or name not in there:
+            pytest.skip(f"{name} was not compiled, or not for this processor")
+        monkeypatch.setattr(native, "_load", lambda: there[name])
+
+    return use
+
+
+@pytest.fixture
 def random() -> Callable[..., Tensor]:
     """Numbers of a normal distribution, the same ones in every run: takes a shape."""
     generator = torch.Generator().manual_seed(0)

@@ -20,21 +20,28 @@ pytestmark = pytest.mark.skipif(
     _library is None or not _library.has_branches, reason="branches need AVX-512 and an installation with a compiler"
 )
 
-HOWS = [fused.BY_FP32, fused.WIDENED, fused.BY_BF16]
+HOWS = {
+    "fp32": fused.BY_FP32,
+    "bf16 as fp32": fused.WIDENED,
+    "bf16 by avx512_bf16": fused.BY_BF16,
+    "bf16 by amx": fused.BY_BF16,
+}
 
 # Dimensions with and without a rest of a group of twelve; more rows than are taken at a time, by blocks and by tiles
 # left over, odd and even.
 SIZES = [(64, ((3, 47), (2, 5))), (96, ((1, 1600),)), (192, ((5, 33), (7, 10), (1, 2)))]
 
 
-@pytest.fixture(params=HOWS, ids=["fp32", "bf16 as fp32", "bf16"])
-def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+@pytest.fixture(params=HOWS)
+def how(request: pytest.FixtureRequest, use_variant: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> int:
     """How branches are multiplied, whatever this processor would rather do."""
-    if request.param == fused.BY_BF16 and not fused.loaded().multiplies_bf16:
-        pytest.skip("this processor has no instructions for it")
-    monkeypatch.setattr(products, "bf16_is_fast", lambda: request.param != fused.WIDENED)
+    _, by, variant = request.param.partition(" by ")
+    if by:
+        use_variant(variant)
+    how = HOWS[request.param]
+    monkeypatch.setattr(products, "bf16_is_fast", lambda: how != fused.WIDENED)
     monkeypatch.setattr(products, "processor_maker", lambda: "AuthenticAMD")
-    return int(request.param)
+    return how
 
 
 def dtype_of(how: int) -> torch.dtype:
@@ -266,14 +273,16 @@ def test_heads_of_odd_widths_go_another_way(how: int, random: Callable[..., Tens
     assert (found - expected).norm() <= (1e-6 if how == fused.BY_FP32 else 1e-2) * expected.norm()
 
 
-def test_where_bf16_has_better_instructions_libraries_use_them(
-    random: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("tiles", [False, True])
+def test_where_bf16_has_better_instructions_than_compiled_code_knows_libraries_use_them(
+    tiles: bool, random: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Intel's AMX, which compiled code does not use; its AVX-512 for bf16 is slower than that for fp32."""
+    """AMX, where the compiler knew none of it: that processor's AVX-512 for bf16 is slower than that for fp32."""
     tokens, layer = random(100, 64).bfloat16(), nn.Linear(64, 64).bfloat16()
     monkeypatch.setattr(products, "processor_maker", lambda: "GenuineIntel")
     monkeypatch.setattr(products, "bf16_is_fast", lambda: True)
-    assert not branches.applies(tokens, layer, layer)
+    monkeypatch.setattr(fused.loaded(), "has_tiles", tiles)
+    assert branches.applies(tokens, layer, layer) is tiles
     assert branches.applies(tokens.float(), layer.float(), layer)
     monkeypatch.setattr(products, "bf16_is_fast", lambda: False)
     assert branches.applies(tokens, layer.bfloat16(), layer)

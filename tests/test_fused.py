@@ -35,7 +35,7 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     torch.backends.cpu.get_cpu_capability() not in native.VARIANTS, reason="nothing is compiled for this processor"
 )
 def test_an_installation_with_a_compiler_has_compiled_code_on_torchs_own_threads() -> None:
-    assert native.variant() in ("avx512_bf16", "avx512", "avx2")
+    assert native.variant() in ("amx", "avx512_bf16", "avx512", "avx2")
     assert native.parallel_library() is not None
 
 
@@ -254,17 +254,24 @@ def has_branches() -> bool:
 
 
 @pytest.mark.skipif(not has_branches(), reason="compiled attention needs AVX-512")
-@pytest.mark.parametrize("how", [fused.BY_FP32, fused.WIDENED, fused.BY_BF16])
+@pytest.mark.parametrize(
+    ("how", "by"),
+    [(fused.BY_FP32, None), (fused.WIDENED, None), (fused.BY_BF16, "avx512_bf16"), (fused.BY_BF16, "amx")],
+)
 @pytest.mark.parametrize(
     "shape",
     # Rows left over by twelves, eights, fours, twos; columns by pairs of vectors and by single ones; odd numbers.
     [(2, 257, 2, 64), (3, 50, 6, 64), (2, 47, 3, 24), (40, 1, 2, 64), (5, 16, 4, 40), (1, 97, 1, 17), (7, 33, 2, 32)],
 )
 def test_compiled_attention_and_its_gradient_are_those_of_double_precision(
-    shape: tuple[int, ...], how: int, random: Callable[..., Tensor]
+    shape: tuple[int, ...],
+    how: int,
+    by: str | None,
+    use_variant: Callable[[str], None],
+    random: Callable[..., Tensor],
 ) -> None:
-    if how == fused.BY_BF16 and not fused.loaded().multiplies_bf16:
-        pytest.skip("this processor has no instructions for it")
+    if by is not None:
+        use_variant(by)
     sequences, length, heads, dim = shape
     if how == fused.BY_BF16 and dim % 2:
         with pytest.raises(TypeError, match="not multiplied like this"):

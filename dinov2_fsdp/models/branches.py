@@ -69,7 +69,10 @@ def _how(tokens: Tensor) -> int | None:
         return BY_FP32
     if products.widens(tokens):
         return WIDENED
-    return BY_BF16 if loaded().multiplies_bf16 and products.processor_maker() != "GenuineIntel" else None
+    library = loaded()
+    # One maker's vector instructions for bf16 are slow, and its tiles fast.
+    ours = library.has_tiles or (library.multiplies_bf16 and products.processor_maker() != "GenuineIntel")
+    return BY_BF16 if ours else None
 
 
 def feed_forward(

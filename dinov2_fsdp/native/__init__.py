@@ -21,7 +21,7 @@ import torch
 
 SWITCH = "DINOV2_FSDP_NATIVE"
 
-VARIANTS = {"AVX512": ("_avx512_bf16", "_avx512"), "AVX2": ("_avx2",)}
+VARIANTS = {"AVX512": ("_amx", "_avx512_bf16", "_avx512"), "AVX2": ("_avx2",)}
 """The modules that setup.py builds for what torch says that the processor can, the best first."""
 
 _INT, _INDEX, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -65,6 +65,10 @@ _log = logging.getLogger(__name__)
 _switched_off = False
 
 
+class NotHere(Exception):
+    """The processor or Linux does not have what a variant was built for."""
+
+
 class Library:
     """The functions of one variant, by their names without prefix."""
 
@@ -74,8 +78,11 @@ class Library:
         self._loaded.dinov2_source.restype = ctypes.c_char_p
         if self._loaded.dinov2_source() != source():
             raise OSError(f"{path} was built from other code")
+        if not self._loaded.dinov2_runs_here():
+            raise NotHere
         self.has_branches = bool(self._loaded.dinov2_has_branches())
         self.multiplies_bf16 = bool(self._loaded.dinov2_multiplies_bf16())
+        self.has_tiles = bool(self._loaded.dinov2_has_tiles())
         self._arguments = {**_ARGUMENTS, **(_WITH_AVX512 if self.has_branches else {})}
         for name in self._arguments:
             getattr(self, name)
@@ -140,15 +147,21 @@ def switched_off() -> Iterator[None]:
 def _load() -> Library | None:
     if os.environ.get(SWITCH, "").lower() in ("0", "off", "no", "false"):
         return None
+    return next(all_that_run_here(), None)
+
+
+def all_that_run_here() -> Iterator[Library]:
+    """Load one variant after the other of those for this processor, the best first."""
     for name in VARIANTS.get(torch.backends.cpu.get_cpu_capability(), ()):
         path = Path(__file__).with_name(f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}")
-        if not path.exists() or (name == "_avx512_bf16" and not _has_bf16()):
+        if not path.exists() or (name in ("_amx", "_avx512_bf16") and not _has_bf16()):
             continue
         try:
-            return Library(path)
+            yield Library(path)
+        except NotHere:
+            continue
         except (OSError, AttributeError) as error:  # of another system, or of other code than lies here
             _log.warning("compiled code is left alone, install this project again or delete %s: %s", path, error)
-    return None
 
 
 def _has_bf16() -> bool:

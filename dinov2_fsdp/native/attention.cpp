@@ -13,7 +13,15 @@
 
 namespace {
 
-constexpr Index kQueries = 60;  // at most at a time, forward
+// Queries at most at a time, forward. Fewer come at a time where the last would be few, but whole tiles.
+template <typename C>
+constexpr Index kQueries = Multiplied<C>::kWhole > 2 ? 128 : 60;
+
+template <typename C>
+inline Index queries_at_a_time(Index length) {
+  const Index parts = (length + kQueries<C> - 1) / kQueries<C>, queries = (length + parts - 1) / parts;
+  return Multiplied<C>::kWhole > 2 ? std::min(kQueries<C>, up_to(16, queries)) : queries;
+}
 
 // columns × depth → the panels of its transposed.
 inline void pack_transposed(const float* in, Index stride, Index depth, Index columns, float* panels) {
@@ -65,12 +73,6 @@ inline void ask_for_row(const T* first, Index row, const Heads& at, Index parts)
   }
 }
 
-// Rows that are multiplied in pairs are an even number.
-template <typename C>
-inline Index depth_of(Index length) {
-  return (length + Multiplied<C>::kDepth - 1) / Multiplied<C>::kDepth * Multiplied<C>::kDepth;
-}
-
 // Whole vectors are written, and what is beyond `length` comes out as zeros: exp of a single value takes as long as of
 // sixteen.
 inline void softmax_row(float* __restrict scores, Index length, float factor) {
@@ -90,6 +92,22 @@ inline void softmax_row(float* __restrict scores, Index length, float factor) {
   for (Index c = 0; c < vectors; ++c) scores[c] *= scale;
 }
 
+// A row as it is multiplied, of which whole vectors are there.
+template <typename C>
+inline void weights_as_multiplied(const float* in, Index length, C* out) {
+  const Index there = std::min(up_to(16, length), depth_of<C>(length));
+  convert(in, there, out);
+  std::fill(out + there, out + depth_of<C>(length), C{});
+}
+
+// Rows of keys, queries or gradients as the right side of a product.
+template <typename C, typename T>
+inline void lay_out_rows(const T* in, Index stride, Index length, Index dim, C* panels) {
+  const Index depth = depth_of<C>(length);
+  lay_out<kPanel>(in, stride, length, dim, depth, panels);
+  fill_up(length, dim, depth, panels);
+}
+
 template <typename T, typename C>
 void attention(const T* qkv, Heads at, float factor, T* out) {
   const Index length = at.length, dim = at.dim, row = 3 * at.stride(), count = at.sequences * at.heads;
@@ -97,18 +115,19 @@ void attention(const T* qkv, Heads at, float factor, T* out) {
   const int some_heads = heads_at_a_time(at);
 #pragma omp parallel
   {
+    [[maybe_unused]] const InUse<C> in_use;
     constexpr bool kHalf = !std::is_same_v<C, float>;
     const Scratch<C> keys(dim * wide), values(depth * padded(dim)), copy(std::is_same_v<T, C> ? 1 : length * dim);
-    const Scratch<float> cached(kQueries * wide), found(std::is_same_v<T, float> ? 1 : kQueries * dim);
-    const Scratch<C> halves(kHalf ? kQueries * wide : 1);
+    const Scratch<float> cached(kQueries<C> * wide), found(std::is_same_v<T, float> ? 1 : kQueries<C> * dim);
+    const Scratch<C> halves(kHalf ? kQueries<C> * wide : 1);
 #pragma omp for schedule(dynamic, some_heads)
     for (Index i = 0; i < count; ++i) {
       const T *first = qkv + at.of(i, 3), *next = (i + 1) % some_heads ? qkv + at.of(i + 1, 3) : nullptr;
       const Left<C> key = read(first + at.stride(), row, length, dim, copy.get());
       pack_transposed(key.at, key.row_step, dim, length, keys.get());
-      lay_out<kPanel>(first + 2 * at.stride(), row, length, dim, depth, values.get());
+      lay_out_rows(first + 2 * at.stride(), row, length, dim, values.get());
       const Left<C> query = read(first, row, length, dim, copy.get());
-      const Index parts = (length + kQueries - 1) / kQueries, queries = (length + parts - 1) / parts;
+      const Index queries = queries_at_a_time<C>(length);
       for (Index start = 0; start < length; start += queries) {
         const Index some = std::min(queries, length - start);
         product(some, length, dim, query.from_row(start), keys.get(), cached.get(), wide);
@@ -116,7 +135,7 @@ void attention(const T* qkv, Heads at, float factor, T* out) {
           float* scores = cached.get() + r * wide;
           softmax_row(scores, length, factor);
           if (next) ask_for_row(next, start + r, at, 3);
-          if constexpr (kHalf) convert(scores, depth, halves.get() + r * wide);
+          if constexpr (kHalf) weights_as_multiplied(scores, length, halves.get() + r * wide);
         }
         Left<C> some_weights;
         if constexpr (kHalf) {
@@ -146,11 +165,10 @@ inline void transposed_product(Index columns, Index dim, Index length, Left<floa
 inline void transposed_product(Index columns, Index dim, Index length, Left<BFloat16> left, const BFloat16* panels,
                                BFloat16* groups, float* c, Index c_row) {
   const Index depth = depth_of<BFloat16>(length);
-  lay_out<kRows>(left.at, left.row_step, length, columns, depth, groups);
+  lay_out_groups(left.at, left.row_step, length, columns, depth, groups);
   for (Index p = 0; p * kPanel < dim; ++p)
-    for (Index g = 0; g * kRows < columns; ++g)
-      add_tile(groups + g * depth * kRows, panels + p * depth * kPanel, depth, true, std::min(kRows, columns - g * kRows),
-               std::min(kPanel, dim - p * kPanel), c + g * kRows * c_row + p * kPanel, c_row);
+    add_groups(groups, depth * Multiplied<BFloat16>::kGroup, panels + p * depth * kPanel, depth, true, columns,
+               std::min(kPanel, dim - p * kPanel), c + p * kPanel, c_row);
 }
 #endif
 
@@ -161,12 +179,13 @@ void attention_backward(const C* gradient, const T* qkv, Heads at, float factor,
   const int some_heads = heads_at_a_time(at);
 #pragma omp parallel
   {
+    [[maybe_unused]] const InUse<C> in_use;
     constexpr bool kHalf = !std::is_same_v<C, float>;
     const Scratch<C> panels(std::max(dim * wide, depth * padded(dim)));
     const Scratch<C> copy(std::is_same_v<T, C> ? 1 : length * dim);
     const Scratch<C> half_weights(kHalf ? length * wide : 1), halves(kHalf ? length * wide : 1);
     const Scratch<float> found(kHalf ? length * dim : 1);
-    const Scratch<C> groups(kHalf ? groups_of(length) * kRows * depth : 1);
+    const Scratch<C> groups(kHalf ? groups_of<C>(length) * Multiplied<C>::kGroup * depth : 1);
     const Scratch<float> weights(length * wide), scores(length * wide);
 #pragma omp for schedule(dynamic, some_heads)
     for (Index i = 0; i < count; ++i) {
@@ -208,8 +227,8 @@ void attention_backward(const C* gradient, const T* qkv, Heads at, float factor,
         for (Index c = 0; c < (length + 15) / 16 * 16; ++c)
           of_scores[c] = factor * at_row[c] * (of_scores[c] - sum);
         if constexpr (kHalf) {
-          convert(of_scores, depth, halves.get() + r * wide);
-          convert(at_row, depth, half_weights.get() + r * wide);
+          weights_as_multiplied(of_scores, length, halves.get() + r * wide);
+          weights_as_multiplied(at_row, length, half_weights.get() + r * wide);
         }
       }
       Left<C> of_scores, kept;
@@ -220,14 +239,14 @@ void attention_backward(const C* gradient, const T* qkv, Heads at, float factor,
         of_scores = {scores.get(), wide};
         kept = {weights.get(), wide};
       }
-      lay_out<kPanel>(query + at.stride(), row, length, dim, depth, panels.get());
+      lay_out_rows(query + at.stride(), row, length, dim, panels.get());
       product(length, dim, depth, of_scores, panels.get(), place(of_query), found_row);
       keep(of_query);
-      lay_out<kPanel>(query, row, length, dim, depth, panels.get());
+      lay_out_rows(query, row, length, dim, panels.get());
       C* of_key = of_query + at.stride();
       transposed_product(length, dim, length, of_scores, panels.get(), groups.get(), place(of_key), found_row);
       keep(of_key);
-      lay_out<kPanel>(of_out.at, of_out.row_step, length, dim, depth, panels.get());
+      lay_out_rows(of_out.at, of_out.row_step, length, dim, panels.get());
       C* of_value = of_key + at.stride();
       transposed_product(length, dim, length, kept, panels.get(), groups.get(), place(of_value), found_row);
       keep(of_value);

@@ -9,21 +9,32 @@
 
 #include "panels.h"
 
+#ifdef __AMX_BF16__
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #ifdef __AVX512F__
 
 #include <omp.h>
 
 namespace {
 
-constexpr Index kBlock = 48;   // rows that a thread takes from end to end
-constexpr Index kBlocks = 32;  // at a time, before the weights' gradients are multiplied; more with many threads
-constexpr Index kSummed = 16 * kBlock;  // rows of a weight's gradient that are summed up by themselves
+// Rows that a thread takes from end to end: a multiple of a tile's.
+template <typename C>
+constexpr Index kBlock = Multiplied<C>::kWhole > 2 ? 64 : 48;
+// Blocks at a time, before the weights' gradients are multiplied; more with many threads.
+constexpr Index kBlocks = 32;
+// Rows of a weight's gradient that are summed up by themselves. Those of a panel for tiles stay in the nearest cache.
+template <typename C>
+constexpr Index kSummed = (Multiplied<C>::kWhole > 2 ? 8 : 16) * kBlock<C>;
 static_assert(kBlocks % 16 == 0, "what is summed up by itself would depend on the number of threads");
 
 // A block of rows · panels; each panel's result, (rows, 32) in single precision, is handed to `take(panel, result)`.
 template <typename C, typename Take>
 inline void by_panels(Index rows, Index columns, Index depth, const Left<C>& left, const C* panels, const Take& take) {
-  alignas(64) float found[kBlock * kPanel];
+  alignas(64) float found[kBlock<C> * kPanel];
   for (Index p = 0; p < columns / kPanel; ++p) {
     tiles<2>(rows, left, panels + p * depth * kPanel, depth, 0xffff, found, kPanel);
     take(p, found);
@@ -153,24 +164,25 @@ template <typename C>
 class OfWeight {
  public:
   OfWeight(Index depth, Index narrow, Index wide)
-      : depth_(depth), narrow_(narrow), wide_(wide), groups_(groups_of(narrow) * kRows * depth), panels_(wide * depth),
+      : depth_(depth), narrow_(narrow), wide_(wide), groups_(high() * depth), panels_(wide * depth),
         sums_(panel_size() * (wide / kPanel)) {}
   Index depth() const { return depth_; }
   // The place of a block's rows.
-  C* groups(Index row) const { return groups_.get() + row * kRows; }
+  C* groups(Index row) const { return groups_.get() + row * kGroup; }
   C* panels(Index row) const { return panels_.get() + row * kPanel; }
+  // After a block's rows were written.
+  void fill_up(Index at, Index rows) const { ::fill_up(rows, wide_, depth_, panels(at)); }
   // By all threads. `first`: whether nothing was added before.
   void multiply(Index rows, bool first) const {
     // Sums of so many rows meet in order, whatever the number of blocks at a time: that is a multiple of theirs.
-    const Index even = (rows + 1) & ~Index{1};  // pairs; the last of them was filled up
+    const Index whole = depth_of<C>(rows);  // what is behind the rows was filled up
 #pragma omp for schedule(dynamic) nowait
     for (Index p = 0; p < wide_ / kPanel; ++p) {
       float* c = sums_.get() + p * panel_size();
-      for (Index from = 0; from < rows; from += kSummed) {
-        const Index depth = std::min(kSummed, (std::is_same_v<C, float> ? rows : even) - from);
-        for (Index g = 0; g < groups_of(narrow_); ++g)
-          add_tile(groups_.get() + (g * depth_ + from) * kRows, panels_.get() + (p * depth_ + from) * kPanel, depth,
-                   first && from == 0, kRows, kPanel, c + g * kRows * kPanel, kPanel);
+      for (Index from = 0; from < rows; from += kSummed<C>) {
+        const Index depth = std::min(kSummed<C>, whole - from);
+        add_groups(groups(from), depth_ * kGroup, panels_.get() + (p * depth_ + from) * kPanel, depth,
+                   first && from == 0, high(), kPanel, c, kPanel);
       }
     }
   }
@@ -210,16 +222,19 @@ class OfWeight {
   }
 
  private:
-  Index panel_size() const { return groups_of(narrow_) * kRows * kPanel; }
+  static constexpr Index kGroup = Multiplied<C>::kGroup;
+  Index high() const { return groups_of<C>(narrow_) * kGroup; }
+  Index panel_size() const { return high() * kPanel; }
   Index depth_, narrow_, wide_;
   Scratch<C> groups_, panels_;
   Scratch<float> sums_;
 };
 
 // Blocks of rows at a time.
+template <typename C>
 inline Index blocks_at_a_time(Index rows) {
   const Index threads = omp_get_max_threads();
-  return std::min((rows + kBlock - 1) / kBlock, std::max(kBlocks, 16 * threads));
+  return std::min((rows + kBlock<C> - 1) / kBlock<C>, std::max(kBlocks, 16 * threads));
 }
 
 // ---- The branches.
@@ -244,11 +259,12 @@ void norm_linear(const T* tokens, Index rows, Index dim, Norm norm, const T* wei
   const Scratch<C> panels(dim * width);
 #pragma omp parallel
   {
+    [[maybe_unused]] const InUse<C> in_use;
     pack_forward<C>(weight, width, dim, nullptr, panels.get());
-    const Scratch<C> normed(kBlock * dim);
+    const Scratch<C> normed(kBlock<C> * dim);
 #pragma omp for schedule(dynamic)
-    for (Index first = 0; first < rows; first += kBlock) {
-      const Index some = std::min(kBlock, rows - first);
+    for (Index first = 0; first < rows; first += kBlock<C>) {
+      const Index some = std::min(kBlock<C>, rows - first);
       norm_block(tokens + first * dim, some, dim, norm, means + first, scales + first, normed.get());
       by_panels(some, width, dim, Left<C>{normed.get(), dim}, panels.get(), [&](Index p, float* found) {
         const float* __restrict added = bias + p * kPanel;
@@ -288,11 +304,12 @@ void scaled_linear(const T* in, Index rows, Index width, const T* weight, const 
   const Scratch<C> panels(dim * width);
 #pragma omp parallel
   {
+    [[maybe_unused]] const InUse<C> in_use;
     pack_forward<C>(weight, dim, width, factor, panels.get());
-    const Scratch<C> copy(std::is_same_v<T, C> ? 1 : kBlock * width);
+    const Scratch<C> copy(std::is_same_v<T, C> ? 1 : kBlock<C> * width);
 #pragma omp for schedule(dynamic)
-    for (Index first = 0; first < rows; first += kBlock) {
-      const Index some = std::min(kBlock, rows - first);
+    for (Index first = 0; first < rows; first += kBlock<C>) {
+      const Index some = std::min(kBlock<C>, rows - first);
       const C* left = as_multiplied(in + first * width, some * width, copy.get());
       by_panels(some, dim, width, Left<C>{left, width}, panels.get(), [&](Index p, float* found) {
         write_linear(found, some, p, bias, factor, first, dim, onto, out);
@@ -309,16 +326,17 @@ void feed_forward(const T* tokens, Index rows, Index dim, Index width, Norm norm
   const Scratch<C> panels1(dim * width), panels2(dim * width);
 #pragma omp parallel
   {
+    [[maybe_unused]] const InUse<C> in_use;
     pack_forward<C>(weight1, width, dim, nullptr, panels1.get());
     pack_forward<C>(weight2, dim, width, factor, panels2.get());
-    const Scratch<C> normed(kBlock * dim), activated(kBlock * width);
+    const Scratch<C> normed(kBlock<C> * dim), activated(kBlock<C> * width);
 #pragma omp for schedule(dynamic)
-    for (Index first = 0; first < rows; first += kBlock) {
-      const Index some = std::min(kBlock, rows - first);
+    for (Index first = 0; first < rows; first += kBlock<C>) {
+      const Index some = std::min(kBlock<C>, rows - first);
       norm_block(tokens + first * dim, some, dim, norm, means + first, scales + first, normed.get());
       by_panels(some, width, dim, Left<C>{normed.get(), dim}, panels1.get(), [&](Index p, float* found) {
         const float* __restrict added = bias1 + p * kPanel;
-        C* __restrict target = activated.get() + p * kBlock * kPanel;
+        C* __restrict target = activated.get() + p * kBlock<C> * kPanel;
         T* __restrict hidden = kept ? kept + first * width + p * some * kPanel : nullptr;
         for (Index row = 0; row < some; ++row) {
           float* __restrict x = found + row * kPanel;
@@ -332,7 +350,7 @@ void feed_forward(const T* tokens, Index rows, Index dim, Index width, Norm norm
           convert(active, kPanel, target + row * kPanel);
         }
       });
-      by_panels(some, dim, width, Left<C>{activated.get(), kPanel, kBlock * kPanel}, panels2.get(),
+      by_panels(some, dim, width, Left<C>{activated.get(), kPanel, kBlock<C> * kPanel}, panels2.get(),
               [&](Index p, float* found) {
                 write_linear(found, some, p, bias2, factor, first, dim, onto ? tokens : nullptr, out);
               });
@@ -375,7 +393,7 @@ struct NormBackward {
   void recompute(Index first, Index some, Index at, float* normed) const {
     for (Index row = first; row < first + some; ++row)
       norm_row(tokens + row * dim, norm.weight, norm.bias, dim, means[row], scales[row], normed + (row - first) * dim);
-    lay_out<kRows>(normed, dim, some, dim, of_weight.depth(), of_weight.groups(at));
+    lay_out_groups(normed, dim, some, dim, of_weight.depth(), of_weight.groups(at));
   }
 
   // `sums`: for the norm's weight, then its bias. `of_normed` is overwritten.
@@ -405,7 +423,7 @@ void feed_forward_backward(const T* gradient, const T* tokens, Index rows, Index
                            const T* weight1, const T* weight2, const float* bias2, const float* factor, bool onto,
                            const T* kept, const float* means, const float* scales, T* of_tokens, OfNormLinear of_first,
                            OfScaled of_second) {
-  const Index blocks = blocks_at_a_time(rows), depth = blocks * kBlock;
+  const Index blocks = blocks_at_a_time<C>(rows), depth = blocks * kBlock<C>;
   const Scratch<C> panels1(dim * width), panels2(dim * width);
   const OfWeight<C> weight1_sums(depth, dim, width), weight2_sums(depth, dim, width);
   const BlockSums sums(blocks, width + 3 * dim);
@@ -413,27 +431,28 @@ void feed_forward_backward(const T* gradient, const T* tokens, Index rows, Index
                                    weight1_sums};
 #pragma omp parallel
   {
+    [[maybe_unused]] const InUse<C> in_use;
     pack_backward(weight1, width, dim, nullptr, panels1.get());
     pack_backward(weight2, dim, width, factor, panels2.get());
     // Pairs of rows lie interleaved in panels; where they do not, rows can be multiplied as they lie there.
     constexpr bool kPairs = !std::is_same_v<C, float>;
-    const Scratch<C> copy(std::is_same_v<T, C> ? 1 : kBlock * dim), by_rows(kPairs ? kBlock * width : 1);
-    const Scratch<float> normed(kBlock * dim);
+    const Scratch<C> copy(std::is_same_v<T, C> ? 1 : kBlock<C> * dim), by_rows(kPairs ? kBlock<C> * width : 1);
+    const Scratch<float> normed(kBlock<C> * dim);
     for (Index start = 0; start < rows; start += depth) {
       const Index count = std::min(depth, rows - start);
 #pragma omp for schedule(dynamic)
-      for (Index at = 0; at < count; at += kBlock) {
-        const Index first = start + at, some = std::min(kBlock, rows - first);
+      for (Index at = 0; at < count; at += kBlock<C>) {
+        const Index first = start + at, some = std::min(kBlock<C>, rows - first);
         const T* of_out = gradient + first * dim;
-        float* of_bias1 = sums.of(at / kBlock);
+        float* of_bias1 = sums.of(at / kBlock<C>);
         add_rows(of_out, some, dim, of_bias1 + width);
-        lay_out<kRows>(of_out, dim, some, dim, depth, weight2_sums.groups(at));
+        lay_out_groups(of_out, dim, some, dim, depth, weight2_sums.groups(at));
         back.recompute(first, some, at, normed.get());
         const C* left = as_multiplied(of_out, some * dim, copy.get());
         by_panels(some, width, dim, Left<C>{left, dim}, panels2.get(), [&](Index p, float* found) {
           const T* __restrict hidden = kept + first * width + p * some * kPanel;
           float* __restrict bias_sums = of_bias1 + p * kPanel;
-          alignas(64) float activated[kBlock * kPanel];
+          alignas(64) float activated[kBlock<C> * kPanel];
           for (Index row = 0; row < some; ++row) {
 #pragma omp simd
             for (Index i = 0; i < kPanel; ++i) {
@@ -447,15 +466,17 @@ void feed_forward_backward(const T* gradient, const T* tokens, Index rows, Index
           }
           store_rows<kPanel>(activated, kPanel, some, weight2_sums.panels(at) + p * depth * kPanel);
           store_rows<kPanel>(found, kPanel, some, weight1_sums.panels(at) + p * depth * kPanel);
-          if constexpr (kPairs) convert(found, some * kPanel, by_rows.get() + p * kBlock * kPanel);
+          if constexpr (kPairs) convert(found, some * kPanel, by_rows.get() + p * kBlock<C> * kPanel);
         });
+        weight2_sums.fill_up(at, some);
+        weight1_sums.fill_up(at, some);
         const C* of_hidden = kPairs ? by_rows.get() : weight1_sums.panels(at);
-        back.finish(first, some, Left<C>{of_hidden, kPanel, (kPairs ? kBlock : depth) * kPanel}, panels1.get(), width,
+        back.finish(first, some, Left<C>{of_hidden, kPanel, (kPairs ? kBlock<C> : depth) * kPanel}, panels1.get(), width,
                     normed.get(), of_bias1 + width + dim);
       }
       weight2_sums.multiply(count, start == 0);
       weight1_sums.multiply(count, start == 0);
-      sums.meet((count + kBlock - 1) / kBlock);
+      sums.meet((count + kBlock<C> - 1) / kBlock<C>);
     }
     weight1_sums.read_turned(static_cast<T*>(of_first.weight));
     weight2_sums.read(weight2, factor, static_cast<T*>(of_second.weight), of_second.factor);
@@ -473,29 +494,31 @@ template <typename T, typename C>
 void norm_linear_backward(const C* gradient, const T* tokens, Index rows, Index dim, Index width, Norm norm,
                           const T* weight, const float* means, const float* scales, const T* onto, T* of_tokens,
                           OfNormLinear of) {
-  const Index blocks = blocks_at_a_time(rows), depth = blocks * kBlock;
+  const Index blocks = blocks_at_a_time<C>(rows), depth = blocks * kBlock<C>;
   const Scratch<C> panels(dim * width);
   const OfWeight<C> weight_sums(depth, dim, width);
   const BlockSums sums(blocks, width + 2 * dim);
   const NormBackward<T, C> back = {tokens, dim, norm, means, scales, onto, of_tokens, weight_sums};
 #pragma omp parallel
   {
+    [[maybe_unused]] const InUse<C> in_use;
     pack_backward(weight, width, dim, nullptr, panels.get());
-    const Scratch<float> normed(kBlock * dim);
+    const Scratch<float> normed(kBlock<C> * dim);
     for (Index start = 0; start < rows; start += depth) {
       const Index count = std::min(depth, rows - start);
 #pragma omp for schedule(dynamic)
-      for (Index at = 0; at < count; at += kBlock) {
-        const Index first = start + at, some = std::min(kBlock, rows - first);
+      for (Index at = 0; at < count; at += kBlock<C>) {
+        const Index first = start + at, some = std::min(kBlock<C>, rows - first);
         const C* of_out = gradient + first * width;
-        float* of_bias = sums.of(at / kBlock);
+        float* of_bias = sums.of(at / kBlock<C>);
         add_rows(of_out, some, width, of_bias);
         lay_out<kPanel>(of_out, width, some, width, depth, weight_sums.panels(at));
+        weight_sums.fill_up(at, some);
         back.recompute(first, some, at, normed.get());
         back.finish(first, some, Left<C>{of_out, width}, panels.get(), width, normed.get(), of_bias + width);
       }
       weight_sums.multiply(count, start == 0);
-      sums.meet((count + kBlock - 1) / kBlock);
+      sums.meet((count + kBlock<C> - 1) / kBlock<C>);
     }
     weight_sums.read_turned(static_cast<T*>(of.weight));
   }
@@ -508,23 +531,25 @@ void norm_linear_backward(const C* gradient, const T* tokens, Index rows, Index 
 template <typename T, typename C>
 void scaled_linear_backward(const T* gradient, const T* in, Index rows, Index width, const T* weight,
                             const float* bias, const float* factor, Index dim, C* of_in, OfScaled of) {
-  const Index blocks = blocks_at_a_time(rows), depth = blocks * kBlock;
+  const Index blocks = blocks_at_a_time<C>(rows), depth = blocks * kBlock<C>;
   const Scratch<C> panels(dim * width);
   const OfWeight<C> weight_sums(depth, dim, width);
   const BlockSums sums(blocks, dim);
 #pragma omp parallel
   {
+    [[maybe_unused]] const InUse<C> in_use;
     pack_backward(weight, dim, width, factor, panels.get());
-    const Scratch<C> copy(std::is_same_v<T, C> ? 1 : kBlock * dim);
+    const Scratch<C> copy(std::is_same_v<T, C> ? 1 : kBlock<C> * dim);
     for (Index start = 0; start < rows; start += depth) {
       const Index count = std::min(depth, rows - start);
 #pragma omp for schedule(dynamic)
-      for (Index at = 0; at < count; at += kBlock) {
-        const Index first = start + at, some = std::min(kBlock, rows - first);
+      for (Index at = 0; at < count; at += kBlock<C>) {
+        const Index first = start + at, some = std::min(kBlock<C>, rows - first);
         const T* of_out = gradient + first * dim;
-        add_rows(of_out, some, dim, sums.of(at / kBlock));
-        lay_out<kRows>(of_out, dim, some, dim, depth, weight_sums.groups(at));
+        add_rows(of_out, some, dim, sums.of(at / kBlock<C>));
+        lay_out_groups(of_out, dim, some, dim, depth, weight_sums.groups(at));
         lay_out<kPanel>(in + first * width, width, some, width, depth, weight_sums.panels(at));
+        weight_sums.fill_up(at, some);
         const C* left = as_multiplied(of_out, some * dim, copy.get());
         by_panels(some, width, dim, Left<C>{left, dim}, panels.get(), [&](Index p, const float* found) {
           for (Index row = 0; row < some; ++row)
@@ -532,7 +557,7 @@ void scaled_linear_backward(const T* gradient, const T* in, Index rows, Index wi
         });
       }
       weight_sums.multiply(count, start == 0);
-      sums.meet((count + kBlock - 1) / kBlock);
+      sums.meet((count + kBlock<C> - 1) / kBlock<C>);
     }
     weight_sums.read(weight, factor, static_cast<T*>(of.weight), of.factor);
   }
@@ -544,17 +569,19 @@ void scaled_linear_backward(const T* gradient, const T* in, Index rows, Index wi
 // out (narrow × wide) = leftᵀ · right: the product alone.
 template <typename T, typename C>
 void product_of_rows(const T* left, const T* right, Index rows, Index narrow, Index wide, T* out) {
-  const Index blocks = blocks_at_a_time(rows), depth = blocks * kBlock;
+  const Index blocks = blocks_at_a_time<C>(rows), depth = blocks * kBlock<C>;
   const OfWeight<C> sums(depth, narrow, wide);
 #pragma omp parallel
   {
+    [[maybe_unused]] const InUse<C> in_use;
     for (Index start = 0; start < rows; start += depth) {
       const Index count = std::min(depth, rows - start);
 #pragma omp for schedule(dynamic)
-      for (Index at = 0; at < count; at += kBlock) {
-        const Index first = start + at, some = std::min(kBlock, rows - first);
-        lay_out<kRows>(left + first * narrow, narrow, some, narrow, depth, sums.groups(at));
+      for (Index at = 0; at < count; at += kBlock<C>) {
+        const Index first = start + at, some = std::min(kBlock<C>, rows - first);
+        lay_out_groups(left + first * narrow, narrow, some, narrow, depth, sums.groups(at));
         lay_out<kPanel>(right + first * wide, wide, some, wide, depth, sums.panels(at));
+        sums.fill_up(at, some);
       }
       sums.multiply(count, start == 0);
 #pragma omp barrier
@@ -634,6 +661,28 @@ EXPORT int dinov2_has_branches() {
   return 1;
 #else
   return 0;
+#endif
+}
+
+// Whether they are multiplied in tiles.
+EXPORT int dinov2_has_tiles() {
+#ifdef __AMX_BF16__
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// Whether this process may use what the code was built for: Linux gives tiles to who asks, and to the threads it starts.
+EXPORT int dinov2_runs_here() {
+#ifdef __AMX_BF16__
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
+  constexpr long kAsk = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return (d & kBFloat16) && (d & kTiles) && syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+#else
+  return 1;
 #endif
 }
 

@@ -2,10 +2,12 @@
 //
 // Matrices are multiplied as C, single precision or bfloat16 (by the processor's own instruction, sums in single
 // precision), and lie in memory as T. Values of bfloat16 are multiplied in pairs: two rows of a panel lie interleaved.
+// Where the processor has tiles for them, as many as fill one are multiplied there.
 
 #pragma once
 
 #include "common.h"
+#include "tiles.h"
 
 #ifdef __AVX512F__
 
@@ -24,8 +26,8 @@ inline void ask_ahead(const C* panel) {
   _mm_prefetch(at + 64, _MM_HINT_T0);
 }
 
-inline Index padded(Index columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
-inline Index groups_of(Index columns) { return (columns + kRows - 1) / kRows; }
+inline Index up_to(Index multiple, Index count) { return (count + multiple - 1) / multiple * multiple; }
+inline Index padded(Index columns) { return up_to(kPanel, columns); }
 
 // What is read of a panel and of a row at a time: one value of each column, or a pair.
 template <typename C>
@@ -33,7 +35,10 @@ struct Multiplied;
 
 template <>
 struct Multiplied<float> {
-  static constexpr Index kDepth = 1;
+  static constexpr Index kDepth = 1;    // of what is multiplied at a time
+  static constexpr Index kWhole = 1;    // rows are filled up to a multiple of it
+  static constexpr Index kGroup = kRows;  // columns of the left side of a product of rows that lie together
+  struct InUse {};                      // what a thread has while it multiplies
   using Vector = __m512;
   static Vector columns(const float* panel) { return _mm512_load_ps(panel); }
   static Vector value(const float* a) { return _mm512_set1_ps(*a); }
@@ -44,6 +49,15 @@ struct Multiplied<float> {
 template <>
 struct Multiplied<BFloat16> {
   static constexpr Index kDepth = 2;
+#ifdef __AMX_BF16__
+  static constexpr Index kWhole = kDeep;
+  static constexpr Index kGroup = kSide;
+  using InUse = TilesInUse;
+#else
+  static constexpr Index kWhole = 2;
+  static constexpr Index kGroup = kRows;
+  struct InUse {};
+#endif
   using Vector = __m512bh;
   static Vector columns(const BFloat16* panel) { return (__m512bh)_mm512_load_si512(panel); }
   static Vector value(const BFloat16* a) {
@@ -54,6 +68,19 @@ struct Multiplied<BFloat16> {
   static __m512 add(__m512 sum, Vector value, Vector columns) { return _mm512_dpbf16_ps(sum, value, columns); }
 };
 #endif
+
+template <typename C>
+using InUse = typename Multiplied<C>::InUse;
+
+template <typename C>
+inline Index depth_of(Index rows) {
+  return up_to(Multiplied<C>::kWhole, rows);
+}
+
+template <typename C>
+inline Index groups_of(Index columns) {
+  return up_to(Multiplied<C>::kGroup, columns) / Multiplied<C>::kGroup;
+}
 
 // The left side of a product: value (row, k) lies at row · row_step + (k / 32) · chunk_step + (k % 32) · step.
 template <typename C>
@@ -99,13 +126,56 @@ inline void tile(const C* at, const Left<C>& left, const C* panel, Index depth, 
       _mm512_mask_storeu_ps(c + row * c_row + 16 * v, v + 1 < kVectors ? __mmask16(0xffff) : last, sums[row][v]);
 }
 
+#ifdef __AMX_BF16__
+// Rows by tiles that are all full: the last begin so early that they end with the rows, and find some sums again.
+template <int kVectors>
+inline void by_squares(Index rows, const Left<BFloat16>& left, const BFloat16* panel, Index depth, __mmask16 last,
+                       float* c, Index c_row) {
+  const auto some = [&](auto down, Index row) {
+    constexpr Index kHigh = decltype(down)::value * kSide;
+    const BFloat16* a = left.at + row * left.row_step;
+    float* target = c + row * c_row;
+    if (last == 0xffff) {
+      squares<decltype(down)::value, kVectors>(a, left.row_step, kSide * left.row_step, left.chunk_step, panel, depth / kDeep, target, c_row);
+      return;
+    }
+    alignas(64) float found[kHigh * kVectors * kSide];
+    squares<decltype(down)::value, kVectors>(a, left.row_step, kSide * left.row_step, left.chunk_step, panel, depth / kDeep, found,
+                                             kVectors * kSide);
+    for (Index r = 0; r < kHigh; ++r)
+      for (int v = 0; v < kVectors; ++v)
+        _mm512_mask_storeu_ps(target + r * c_row + v * kSide, v + 1 < kVectors ? __mmask16(0xffff) : last,
+                              _mm512_load_ps(found + (r * kVectors + v) * kSide));
+  };
+  for (Index row = 0; row < rows;) {
+    const bool two = rows - row > kSide && rows >= 2 * kSide;
+    const Index high = two ? 2 * kSide : kSide;
+    row = std::min(row, rows - high);
+    if (two) {
+      some(std::integral_constant<int, 2>(), row);
+    } else {
+      some(std::integral_constant<int, 1>(), row);
+    }
+    row += high;
+  }
+}
+#endif
+
 // Rows by as few tiles as that takes, all as high as each other or one row less: a low tile's sums wait for each other.
 template <int kVectors, typename C>
 inline void tiles(Index rows, const Left<C>& left, const C* panel, Index depth, __mmask16 last, float* c,
                   Index c_row) {
+#ifdef __AMX_BF16__
+  if constexpr (std::is_same_v<C, BFloat16>) {
+    if (rows >= kSide && depth % kDeep == 0 && left.step == 1) {
+      by_squares<kVectors>(rows, left, panel, depth, last, c, c_row);
+      return;
+    }
+  }
+#endif
   const C* at = left.at;
   for (Index some; rows > 0; rows -= some, at += some * left.row_step, c += some * c_row) {
-    const Index count = groups_of(rows);
+    const Index count = (rows + kRows - 1) / kRows;
     some = (rows + count - 1) / count;
     switch (some) {
 #define TILE(rows)                                                \
@@ -167,6 +237,42 @@ inline void add_tile(const C* group, const C* panel, Index depth, bool first, In
   }
 }
 
+// c (rows × columns) += leftᵀ · one panel, `depth` rows of both, of which groups of left's columns lie `step` apart.
+template <typename C>
+inline void add_groups(const C* groups, Index step, const C* panel, Index depth, bool first, Index rows, Index columns,
+                       float* c, Index c_row) {
+  for (Index row = 0; row < rows; row += kRows, groups += step)
+    add_tile(groups, panel, depth, first, std::min(kRows, rows - row), columns, c + row * c_row, c_row);
+}
+
+#ifdef __AMX_BF16__
+template <>
+inline void add_groups(const BFloat16* groups, Index step, const BFloat16* panel, Index depth, bool first, Index rows,
+                       Index columns, float* c, Index c_row) {
+  alignas(64) float found[2 * kSide * kPanel];
+  const auto mask = [](Index some) { return static_cast<__mmask16>(some >= 16 ? 0xffffu : (1u << some) - 1u); };
+  const __mmask16 left = mask(columns), right = mask(std::max<Index>(0, columns - kSide));
+  for (Index row = 0; row < rows; row += 2 * kSide, groups += 2 * step) {
+    const Index high = std::min(2 * kSide, rows - row);
+    if (high > kSide) {
+      squares<2, 2>(groups, kDeep, step, kSide * kDeep, panel, depth / kDeep, found, kPanel);
+    } else {
+      squares<1, 2>(groups, kDeep, step, kSide * kDeep, panel, depth / kDeep, found, kPanel);
+    }
+    for (Index r = 0; r < high; ++r) {
+      float* at = c + (row + r) * c_row;
+      __m512 near = _mm512_load_ps(found + r * kPanel), far = _mm512_load_ps(found + r * kPanel + kSide);
+      if (!first) {
+        near = _mm512_add_ps(near, _mm512_maskz_loadu_ps(left, at));
+        far = _mm512_add_ps(far, _mm512_maskz_loadu_ps(right, at + kSide));
+      }
+      _mm512_mask_storeu_ps(at, left, near);
+      _mm512_mask_storeu_ps(at + kSide, right, far);
+    }
+  }
+}
+#endif
+
 // ---- Types, and how matrices are laid out.
 
 inline std::uint32_t pair(BFloat16 first, BFloat16 second) {
@@ -221,6 +327,13 @@ inline BFloat16 as_bf16(BFloat16 value) { return value; }
 inline BFloat16 as_bf16(float value) { return narrow<BFloat16>(value); }
 
 #ifdef __AVX512BF16__
+// The order that interleaves them.
+inline __m512i by_pairs() {
+  alignas(64) std::uint16_t order[32];
+  for (int i = 0; i < 32; ++i) order[i] = static_cast<std::uint16_t>(i / 2 + 16 * (i % 2));
+  return _mm512_load_si512(order);
+}
+
 // Up to 16 values of two rows, one after the other.
 inline __m512i both_rows(const float* first, const float* second, __mmask16 mask) {
   const __m512 later = second ? _mm512_maskz_loadu_ps(mask, second) : _mm512_setzero_ps();
@@ -243,16 +356,14 @@ inline void store_rows(const From* in, Index stride, Index rows, float* out) {
 template <Index kWidth, typename From>
 inline void store_rows(const From* in, Index stride, Index rows, BFloat16* out) {
 #ifdef __AVX512BF16__
-  alignas(64) std::uint16_t order[32];
-  for (int i = 0; i < 32; ++i) order[i] = static_cast<std::uint16_t>(i / 2 + 16 * (i % 2));
-  const __m512i by_pairs = _mm512_load_si512(order);
+  const __m512i order = by_pairs();
   for (Index row = 0; row < rows; row += 2) {
     const From* first = in + row * stride;
     const From* second = row + 1 < rows ? first + stride : nullptr;
     for (Index i = 0; i < kWidth; i += 16) {
       const auto mask = static_cast<__mmask16>(kWidth - i >= 16 ? 0xffffu : (1u << (kWidth - i)) - 1u);
       const __m512i both = both_rows(first + i, second ? second + i : nullptr, mask);
-      _mm512_mask_storeu_epi32(out + row * kWidth + 2 * i, mask, _mm512_permutexvar_epi16(by_pairs, both));
+      _mm512_mask_storeu_epi32(out + row * kWidth + 2 * i, mask, _mm512_permutexvar_epi16(order, both));
     }
   }
 #else
@@ -284,6 +395,41 @@ inline void lay_out(const From* in, Index stride, Index rows, Index columns, Ind
     store_rows<kWidth>(filled, kWidth, both, out + (whole * depth + row) * kWidth);
   }
 }
+
+// Panels of `depth` rows, of which so many are there, with zeros behind them up to what is multiplied as a whole.
+template <typename C>
+inline void fill_up(Index rows, Index columns, Index depth, C* panels) {
+  const Index there = up_to(Multiplied<C>::kDepth, rows), whole = depth_of<C>(rows);
+  for (Index p = 0; there < whole && p < padded(columns) / kPanel; ++p)
+    std::memset(static_cast<void*>(panels + (p * depth + there) * kPanel), 0, (whole - there) * kPanel * sizeof(C));
+}
+
+// Rows of the left side of a product of rows → groups of its columns.
+template <typename C, typename From>
+inline void lay_out_groups(const From* in, Index stride, Index rows, Index columns, Index depth, C* out) {
+  lay_out<kRows>(in, stride, rows, columns, depth, out);
+}
+
+#ifdef __AMX_BF16__
+// 16 columns are a group, 32 rows of it a tile, whose rows are columns. Filled up with zeros to whole tiles.
+template <typename From>
+inline void lay_out_groups(const From* in, Index stride, Index rows, Index columns, Index depth, BFloat16* out) {
+  alignas(64) float pairs[kSide * kSide];  // a pair of values of two rows in the memory of a float
+  for (Index start = 0; start < rows; start += kDeep) {
+    const Index some = std::min(kDeep, rows - start), there = up_to(2, some) / 2;
+    if (some < kDeep) std::fill(pairs + there * kSide, pairs + kSide * kSide, 0.0f);
+    for (Index column = 0; column < columns; column += kSide) {
+      const auto mask = static_cast<__mmask16>(columns - column >= kSide ? 0xffffu : (1u << (columns - column)) - 1u);
+      for (Index i = 0; i < there; ++i) {
+        const From* first = in + (start + 2 * i) * stride + column;
+        const From* second = 2 * i + 1 < some ? first + stride : nullptr;
+        _mm512_store_si512(pairs + i * kSide, _mm512_permutexvar_epi16(by_pairs(), both_rows(first, second, mask)));
+      }
+      transpose_part(pairs, kSide, kSide, kSide, reinterpret_cast<float*>(out + column * depth + start * kSide), kSide);
+    }
+  }
+}
+#endif
 
 }  // namespace
 
