@@ -73,31 +73,53 @@ inline void ask_for_row(const T* first, Index row, const Heads& at, Index parts)
   }
 }
 
-// Whole vectors are written, and what is beyond `length` comes out as zeros: exp of a single value takes as long as of
-// sixteen.
-inline void softmax_row(float* __restrict scores, Index length, float factor) {
-  const Index vectors = (length + 15) / 16 * 16;
+// A row of scores → the exponentials of its softmax, handed to `take(vector, exponentials)` by sixteen; returns what
+// they are to be multiplied by. What is beyond `length` comes out as zeros.
+template <typename Take>
+inline float exponentials(float* scores, Index length, float factor, const Take& take) {
+  const Index vectors = up_to(16, length);
   for (Index c = length; c < vectors; ++c) scores[c] = -INFINITY;
-  __m512 most = _mm512_set1_ps(-INFINITY);
+  __m512 most = load(scores);
+  for (Index c = 16; c < vectors; c += 16) most = _mm512_max_ps(load(scores + c), most);
+  const __m512 scale = _mm512_set1_ps(factor), largest = _mm512_set1_ps(_mm512_reduce_max_ps(most) * factor);
+  __m512 sum = _mm512_setzero_ps();
   for (Index c = 0; c < vectors; c += 16) {
-    const __m512 scaled = _mm512_mul_ps(load(scores + c), _mm512_set1_ps(factor));
-    _mm512_storeu_ps(scores + c, scaled);
-    most = _mm512_max_ps(scaled, most);
+    const __m512 found = exp_below_zero(_mm512_fmsub_ps(load(scores + c), scale, largest));
+    sum = _mm512_add_ps(sum, found);
+    take(c, found);
   }
-  const float largest = _mm512_reduce_max_ps(most);
-#pragma omp simd
-  for (Index c = 0; c < vectors; ++c) scores[c] = exp_below_zero(scores[c] - largest);
-  const float scale = 1.0f / sum_of(vectors, [=](Index c) { return load(scores + c); });
-#pragma omp simd
-  for (Index c = 0; c < vectors; ++c) scores[c] *= scale;
+  return 1.0f / _mm512_reduce_add_ps(sum);
 }
 
-// A row as it is multiplied, of which whole vectors are there.
+// Up to 16 values.
+inline void store(__m512 values, float* out, Index there) {
+  _mm512_mask_storeu_ps(out, static_cast<__mmask16>(there >= 16 ? 0xffffu : (1u << there) - 1u), values);
+}
+
+inline void store(__m512 values, BFloat16* out, Index there) {
+#ifdef __AVX512BF16__
+  const auto mask = static_cast<__mmask16>(there >= 16 ? 0xffffu : (1u << there) - 1u);
+  _mm256_mask_storeu_epi16(out, mask, (__m256i)_mm512_cvtneps_pbh(values));
+#else
+  float wide[16];
+  _mm512_storeu_ps(wide, values);
+  convert(wide, std::min<Index>(16, there), out);
+#endif
+}
+
+// in · factor
+template <typename T>
+inline void scale_row(const float* in, Index count, float factor, T* out) {
+  for (Index c = 0; c < count; c += 16) {
+    const auto mask = static_cast<__mmask16>(count - c >= 16 ? 0xffffu : (1u << (count - c)) - 1u);
+    store(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, in + c), _mm512_set1_ps(factor)), out + c, count - c);
+  }
+}
+
+// Zeros behind the whole vectors of a row that is multiplied.
 template <typename C>
-inline void weights_as_multiplied(const float* in, Index length, C* out) {
-  const Index there = std::min(up_to(16, length), depth_of<C>(length));
-  convert(in, there, out);
-  std::fill(out + there, out + depth_of<C>(length), C{});
+inline void fill_row(C* out, Index length, Index depth) {
+  for (Index c = up_to(16, length); c < depth; ++c) out[c] = C{};
 }
 
 // Rows of keys, queries or gradients as the right side of a product.
@@ -118,8 +140,15 @@ void attention(const T* qkv, Heads at, float factor, T* out) {
     [[maybe_unused]] const InUse<C> in_use;
     constexpr bool kHalf = !std::is_same_v<C, float>;
     const Scratch<C> keys(dim * wide), values(depth * padded(dim)), copy(std::is_same_v<T, C> ? 1 : length * dim);
-    const Scratch<float> cached(kQueries<C> * wide), found(std::is_same_v<T, float> ? 1 : kQueries<C> * dim);
+    const Scratch<float> cached(kQueries<C> * wide), found(kQueries<C> * dim), scales(kQueries<C>);
     const Scratch<C> halves(kHalf ? kQueries<C> * wide : 1);
+    // Where weights go, before each row is divided by its sum: what they are multiplied with is less than they are.
+    C* weights;
+    if constexpr (kHalf) {
+      weights = halves.get();
+    } else {
+      weights = cached.get();
+    }
 #pragma omp for schedule(dynamic, some_heads)
     for (Index i = 0; i < count; ++i) {
       const T *first = qkv + at.of(i, 3), *next = (i + 1) % some_heads ? qkv + at.of(i + 1, 3) : nullptr;
@@ -132,24 +161,16 @@ void attention(const T* qkv, Heads at, float factor, T* out) {
         const Index some = std::min(queries, length - start);
         product(some, length, dim, query.from_row(start), keys.get(), cached.get(), wide);
         for (Index r = 0; r < some; ++r) {
-          float* scores = cached.get() + r * wide;
-          softmax_row(scores, length, factor);
+          C* to = weights + r * wide;
+          scales.get()[r] = exponentials(cached.get() + r * wide, length, factor,
+                                         [=](Index c, __m512 value) { store(value, to + c, 16); });
+          fill_row(to, length, depth);
           if (next) ask_for_row(next, start + r, at, 3);
-          if constexpr (kHalf) weights_as_multiplied(scores, length, halves.get() + r * wide);
-        }
-        Left<C> some_weights;
-        if constexpr (kHalf) {
-          some_weights = {halves.get(), wide};
-        } else {
-          some_weights = {cached.get(), wide};
         }
         T* target = out + at.of(i, 1) + start * at.stride();
-        if constexpr (std::is_same_v<T, float>) {
-          product(some, dim, depth, some_weights, values.get(), target, at.stride());
-        } else {
-          product(some, dim, depth, some_weights, values.get(), found.get(), dim);
-          for (Index r = 0; r < some; ++r) convert(found.get() + r * dim, dim, target + r * at.stride());
-        }
+        product(some, dim, depth, Left<C>{weights, wide}, values.get(), found.get(), dim);
+        for (Index r = 0; r < some; ++r)
+          scale_row(found.get() + r * dim, dim, scales.get()[r], target + r * at.stride());
       }
     }
   }
@@ -187,6 +208,12 @@ void attention_backward(const C* gradient, const T* qkv, Heads at, float factor,
     const Scratch<float> found(kHalf ? length * dim : 1);
     const Scratch<C> groups(kHalf ? groups_of<C>(length) * Multiplied<C>::kGroup * depth : 1);
     const Scratch<float> weights(length * wide), scores(length * wide);
+    C *of_scores_to, *kept_to;
+    if constexpr (kHalf) {
+      of_scores_to = halves.get(), kept_to = half_weights.get();
+    } else {
+      of_scores_to = scores.get(), kept_to = weights.get();
+    }
 #pragma omp for schedule(dynamic, some_heads)
     for (Index i = 0; i < count; ++i) {
       const T* query = qkv + at.of(i, 3);
@@ -212,33 +239,31 @@ void attention_backward(const C* gradient, const T* qkv, Heads at, float factor,
       pack_transposed(value.at, value.row_step, dim, length, panels.get());
       product(length, length, dim, of_out, panels.get(), scores.get(), wide);
       for (Index r = 0; r < length; ++r) {
-        float* __restrict of_scores = scores.get() + r * wide;
-        float* __restrict at_row = weights.get() + r * wide;
-        softmax_row(at_row, length, factor);
+        float* of_scores = scores.get() + r * wide;
+        float* at_row = weights.get() + r * wide;
+        const float scale =
+            exponentials(at_row, length, factor, [=](Index c, __m512 value) { _mm512_storeu_ps(at_row + c, value); });
         if ((i + 1) % some_heads) {
           ask_for_row(qkv + at.of(i + 1, 3), r, at, 3);
           ask_for_row(gradient + at.of(i + 1, 1), r, at, 1);
           ask_for_row(of_qkv + at.of(i + 1, 3), r, at, 3);
         }
         // Behind the softmax weights stand zeros, so that zeros do behind these.
-        for (Index c = length; c < (length + 15) / 16 * 16; ++c) of_scores[c] = 0.0f;
-        const float sum = sum_of(length, [=](Index c) { return _mm512_mul_ps(load(of_scores + c), load(at_row + c)); });
-#pragma omp simd
-        for (Index c = 0; c < (length + 15) / 16 * 16; ++c)
-          of_scores[c] = factor * at_row[c] * (of_scores[c] - sum);
-        if constexpr (kHalf) {
-          weights_as_multiplied(of_scores, length, halves.get() + r * wide);
-          weights_as_multiplied(at_row, length, half_weights.get() + r * wide);
+        for (Index c = length; c < up_to(16, length); ++c) of_scores[c] = 0.0f;
+        const __m512 sum = _mm512_set1_ps(
+            scale * sum_of(length, [=](Index c) { return _mm512_mul_ps(load(of_scores + c), load(at_row + c)); }));
+        C *to = of_scores_to + r * wide, *weights_to = kept_to + r * wide;
+        for (Index c = 0; c < length; c += 16) {
+          const __m512 weight = _mm512_mul_ps(load(at_row + c), _mm512_set1_ps(scale));
+          const __m512 of_score = _mm512_mul_ps(_mm512_mul_ps(weight, _mm512_set1_ps(factor)),
+                                                _mm512_sub_ps(load(of_scores + c), sum));
+          store(of_score, to + c, 16);
+          store(weight, weights_to + c, 16);
         }
+        fill_row(to, length, depth);
+        fill_row(weights_to, length, depth);
       }
-      Left<C> of_scores, kept;
-      if constexpr (kHalf) {
-        of_scores = {halves.get(), wide};
-        kept = {half_weights.get(), wide};
-      } else {
-        of_scores = {scores.get(), wide};
-        kept = {weights.get(), wide};
-      }
+      const Left<C> of_scores = {of_scores_to, wide}, kept = {kept_to, wide};
       lay_out_rows(query + at.stride(), row, length, dim, panels.get());
       product(length, dim, depth, of_scores, panels.get(), place(of_query), found_row);
       keep(of_query);

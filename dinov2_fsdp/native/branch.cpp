@@ -31,13 +31,36 @@ template <typename C>
 constexpr Index kSummed = (Multiplied<C>::kWhole > 2 ? 8 : 16) * kBlock<C>;
 static_assert(kBlocks % 16 == 0, "what is summed up by itself would depend on the number of threads");
 
-// A block of rows · panels; each panel's result, (rows, 32) in single precision, is handed to `take(panel, result)`.
+// A block of rows · panels; each panel's result, (rows, 32) in single precision, is handed to
+// `take(panel, result, from, to)`, all of its rows or some after the other, an even number but for the last.
 template <typename C, typename Take>
 inline void by_panels(Index rows, Index columns, Index depth, const Left<C>& left, const C* panels, const Take& take) {
+  const Index count = columns / kPanel;
+#ifdef __AMX_BF16__
+  if constexpr (std::is_same_v<C, BFloat16>) {
+    if (fills_squares(rows, depth, left)) {
+      // One panel is taken while tiles multiply the next.
+      alignas(64) float found[2][kBlock<C> * kPanel];
+      const Index each = (rows << 16) / ((rows + 2 * kSide - 1) / (2 * kSide) * (depth / kDeep));
+      for (Index p = 0; p < count; ++p) {
+        Index from = p ? 0 : rows, due = 0;
+        const auto take_up_to = [&](Index to) {
+          if (to > from) take(p - 1, found[(p - 1) & 1], from, to);
+          from = std::max(from, to);
+        };
+        by_squares<2>(rows, left, panels + p * depth * kPanel, depth, 0xffff, found[p & 1], kPanel,
+                      [&] { take_up_to(std::min(rows, (due += each) >> 16) & ~Index{1}); });
+        take_up_to(rows);
+      }
+      take(count - 1, found[(count - 1) & 1], Index{0}, rows);
+      return;
+    }
+  }
+#endif
   alignas(64) float found[kBlock<C> * kPanel];
-  for (Index p = 0; p < columns / kPanel; ++p) {
+  for (Index p = 0; p < count; ++p) {
     tiles<2>(rows, left, panels + p * depth * kPanel, depth, 0xffff, found, kPanel);
-    take(p, found);
+    take(p, found, Index{0}, rows);
   }
 }
 
@@ -176,13 +199,15 @@ class OfWeight {
   void multiply(Index rows, bool first) const {
     // Sums of so many rows meet in order, whatever the number of blocks at a time: that is a multiple of theirs.
     const Index whole = depth_of<C>(rows);  // what is behind the rows was filled up
+    // Some panels at a time, so that what is read of the groups stays in a cache for them.
+    const Index count = wide_ / kPanel, together = std::clamp<Index>(count / (4 * omp_get_num_threads()), 1, 8);
 #pragma omp for schedule(dynamic) nowait
-    for (Index p = 0; p < wide_ / kPanel; ++p) {
-      float* c = sums_.get() + p * panel_size();
+    for (Index start = 0; start < count; start += together) {
       for (Index from = 0; from < rows; from += kSummed<C>) {
         const Index depth = std::min(kSummed<C>, whole - from);
-        add_groups(groups(from), depth_ * kGroup, panels_.get() + (p * depth_ + from) * kPanel, depth,
-                   first && from == 0, high(), kPanel, c, kPanel);
+        for (Index p = start; p < std::min(count, start + together); ++p)
+          add_groups(groups(from), depth_ * kGroup, panels_.get() + (p * depth_ + from) * kPanel, depth,
+                     first && from == 0, high(), kPanel, sums_.get() + p * panel_size(), kPanel);
       }
     }
   }
@@ -266,9 +291,9 @@ void norm_linear(const T* tokens, Index rows, Index dim, Norm norm, const T* wei
     for (Index first = 0; first < rows; first += kBlock<C>) {
       const Index some = std::min(kBlock<C>, rows - first);
       norm_block(tokens + first * dim, some, dim, norm, means + first, scales + first, normed.get());
-      by_panels(some, width, dim, Left<C>{normed.get(), dim}, panels.get(), [&](Index p, float* found) {
+      by_panels(some, width, dim, Left<C>{normed.get(), dim}, panels.get(), [&](Index p, float* found, Index from, Index to) {
         const float* __restrict added = bias + p * kPanel;
-        for (Index row = 0; row < some; ++row) {
+        for (Index row = from; row < to; ++row) {
           float* __restrict x = found + row * kPanel;
           for (Index i = 0; i < kPanel; ++i) x[i] += added[i];
           convert(x, kPanel, out + (first + row) * width + p * kPanel);
@@ -280,12 +305,12 @@ void norm_linear(const T* tokens, Index rows, Index dim, Norm norm, const T* wei
 
 // One panel's part of a result: + bias · factor + onto.
 template <typename T>
-inline void write_linear(float* found, Index rows, Index p, const float* bias, const float* factor, Index first,
+inline void write_linear(float* found, Index from, Index to, Index p, const float* bias, const float* factor, Index first,
                          Index dim, const T* onto, T* out) {
   float added[kPanel];
   for (Index i = 0; i < kPanel; ++i)
     added[i] = factor ? bias[p * kPanel + i] * factor[p * kPanel + i] : bias[p * kPanel + i];
-  for (Index row = 0; row < rows; ++row) {
+  for (Index row = from; row < to; ++row) {
     const Index at = (first + row) * dim + p * kPanel;
     float* __restrict x = found + row * kPanel;
     if (onto) {
@@ -311,8 +336,8 @@ void scaled_linear(const T* in, Index rows, Index width, const T* weight, const 
     for (Index first = 0; first < rows; first += kBlock<C>) {
       const Index some = std::min(kBlock<C>, rows - first);
       const C* left = as_multiplied(in + first * width, some * width, copy.get());
-      by_panels(some, dim, width, Left<C>{left, width}, panels.get(), [&](Index p, float* found) {
-        write_linear(found, some, p, bias, factor, first, dim, onto, out);
+      by_panels(some, dim, width, Left<C>{left, width}, panels.get(), [&](Index p, float* found, Index from, Index to) {
+        write_linear(found, from, to, p, bias, factor, first, dim, onto, out);
       });
     }
   }
@@ -334,25 +359,22 @@ void feed_forward(const T* tokens, Index rows, Index dim, Index width, Norm norm
     for (Index first = 0; first < rows; first += kBlock<C>) {
       const Index some = std::min(kBlock<C>, rows - first);
       norm_block(tokens + first * dim, some, dim, norm, means + first, scales + first, normed.get());
-      by_panels(some, width, dim, Left<C>{normed.get(), dim}, panels1.get(), [&](Index p, float* found) {
-        const float* __restrict added = bias1 + p * kPanel;
-        C* __restrict target = activated.get() + p * kBlock<C> * kPanel;
-        T* __restrict hidden = kept ? kept + first * width + p * some * kPanel : nullptr;
-        for (Index row = 0; row < some; ++row) {
-          float* __restrict x = found + row * kPanel;
-          float active[kPanel];
-#pragma omp simd
-          for (Index i = 0; i < kPanel; ++i) {
-            x[i] += added[i];
-            active[i] = x[i] * normal(x[i]).cumulative;
+      by_panels(some, width, dim, Left<C>{normed.get(), dim}, panels1.get(), [&](Index p, float* found, Index from, Index to) {
+        C* target = activated.get() + p * kBlock<C> * kPanel;
+        T* hidden = kept ? kept + first * width + p * some * kPanel : nullptr;
+        for (Index row = from; row < to; ++row) {
+          __m512 x[2], active[2];
+          for (Index v = 0; v < 2; ++v) {
+            x[v] = _mm512_add_ps(load(found + row * kPanel + 16 * v), load(bias1 + p * kPanel + 16 * v));
+            active[v] = _mm512_mul_ps(x[v], normal(x[v]).cumulative);
           }
-          if (hidden) convert(x, kPanel, hidden + row * kPanel);
-          convert(active, kPanel, target + row * kPanel);
+          if (hidden) store(x[0], x[1], hidden + row * kPanel);
+          store(active[0], active[1], target + row * kPanel);
         }
       });
       by_panels(some, dim, width, Left<C>{activated.get(), kPanel, kBlock<C> * kPanel}, panels2.get(),
-              [&](Index p, float* found) {
-                write_linear(found, some, p, bias2, factor, first, dim, onto ? tokens : nullptr, out);
+              [&](Index p, float* found, Index from, Index to) {
+                write_linear(found, from, to, p, bias2, factor, first, dim, onto ? tokens : nullptr, out);
               });
     }
   }
@@ -399,8 +421,8 @@ struct NormBackward {
   // `sums`: for the norm's weight, then its bias. `of_normed` is overwritten.
   void finish(Index first, Index some, const Left<C>& left, const C* panels, Index width, float* of_normed,
               float* sums) const {
-    by_panels(some, dim, width, left, panels, [&](Index p, const float* found) {
-      for (Index row = 0; row < some; ++row)
+    by_panels(some, dim, width, left, panels, [&](Index p, const float* found, Index from, Index to) {
+      for (Index row = from; row < to; ++row)
         std::memcpy(of_normed + row * dim + p * kPanel, found + row * kPanel, kPanel * sizeof(float));
     });
     for (Index row = first; row < first + some; ++row)
@@ -449,24 +471,31 @@ void feed_forward_backward(const T* gradient, const T* tokens, Index rows, Index
         lay_out_groups(of_out, dim, some, dim, depth, weight2_sums.groups(at));
         back.recompute(first, some, at, normed.get());
         const C* left = as_multiplied(of_out, some * dim, copy.get());
-        by_panels(some, width, dim, Left<C>{left, dim}, panels2.get(), [&](Index p, float* found) {
-          const T* __restrict hidden = kept + first * width + p * some * kPanel;
-          float* __restrict bias_sums = of_bias1 + p * kPanel;
-          alignas(64) float activated[kBlock<C> * kPanel];
-          for (Index row = 0; row < some; ++row) {
-#pragma omp simd
-            for (Index i = 0; i < kPanel; ++i) {
-              const float x = widen(hidden[row * kPanel + i]);
-              const Normal here = normal(x);
-              const float g = found[row * kPanel + i] * (here.cumulative + x * here.density);
-              activated[row * kPanel + i] = x * here.cumulative;
-              found[row * kPanel + i] = g;
-              bias_sums[i] += g;
-            }
+        by_panels(some, width, dim, Left<C>{left, dim}, panels2.get(), [&](Index p, float* found, Index from, Index to) {
+          const T* hidden = kept + first * width + p * some * kPanel;
+          float* bias_sums = of_bias1 + p * kPanel;
+          C *of_second = weight2_sums.panels(at) + p * depth * kPanel, *of_first = weight1_sums.panels(at) + p * depth * kPanel;
+          __m512 sums[2] = {load(bias_sums), load(bias_sums + 16)};
+          alignas(64) float activated[2 * kPanel];
+          for (Index row = from; row < to; row += 2) {
+            const Index both = std::min<Index>(2, to - row);
+            for (Index r = 0; r < both; ++r)
+              for (Index v = 0; v < 2; ++v) {
+                float* gradient_at = found + (row + r) * kPanel + 16 * v;
+                const __m512 x = load(hidden + (row + r) * kPanel + 16 * v);
+                const Normals here = normal(x);
+                const __m512 slope = _mm512_fmadd_ps(x, here.density, here.cumulative);
+                const __m512 g = _mm512_mul_ps(load(gradient_at), slope);
+                sums[v] = _mm512_add_ps(sums[v], g);
+                _mm512_store_ps(gradient_at, g);
+                _mm512_store_ps(activated + r * kPanel + 16 * v, _mm512_mul_ps(x, here.cumulative));
+              }
+            store_rows<kPanel>(activated, kPanel, both, of_second + row * kPanel);
+            store_rows<kPanel>(found + row * kPanel, kPanel, both, of_first + row * kPanel);
           }
-          store_rows<kPanel>(activated, kPanel, some, weight2_sums.panels(at) + p * depth * kPanel);
-          store_rows<kPanel>(found, kPanel, some, weight1_sums.panels(at) + p * depth * kPanel);
-          if constexpr (kPairs) convert(found, some * kPanel, by_rows.get() + p * kBlock<C> * kPanel);
+          for (Index v = 0; v < 2; ++v) _mm512_storeu_ps(bias_sums + 16 * v, sums[v]);
+          if constexpr (kPairs)
+            convert(found + from * kPanel, (to - from) * kPanel, by_rows.get() + (p * kBlock<C> + from) * kPanel);
         });
         weight2_sums.fill_up(at, some);
         weight1_sums.fill_up(at, some);
@@ -551,8 +580,8 @@ void scaled_linear_backward(const T* gradient, const T* in, Index rows, Index wi
         lay_out<kPanel>(in + first * width, width, some, width, depth, weight_sums.panels(at));
         weight_sums.fill_up(at, some);
         const C* left = as_multiplied(of_out, some * dim, copy.get());
-        by_panels(some, width, dim, Left<C>{left, dim}, panels.get(), [&](Index p, const float* found) {
-          for (Index row = 0; row < some; ++row)
+        by_panels(some, width, dim, Left<C>{left, dim}, panels.get(), [&](Index p, const float* found, Index from, Index to) {
+          for (Index row = from; row < to; ++row)
             convert(found + row * kPanel, kPanel, of_in + (first + row) * width + p * kPanel);
         });
       }

@@ -108,6 +108,43 @@ inline Normal normal(float x) {
   return {density, x > 0.0f ? 1.0f - tail : tail};
 }
 
+#ifdef __AVX512F__
+// Both for sixteen values: where a compiler is left to it, its code takes a sixth longer.
+inline __m512 exp_below_zero(__m512 x) {
+  const __mmask16 there = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+  const __m512 magic = _mm512_set1_ps(12582912.0f);
+  const __m512 shifted = _mm512_fmadd_ps(x, _mm512_set1_ps(1.44269504f), magic);
+  const __m512 whole = _mm512_sub_ps(shifted, magic);
+  __m512 rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693145752f), x);
+  rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(1.42860677e-6f), rest);
+  __m512 p = _mm512_set1_ps(1.381459568853478e-3f);
+  for (const float c :
+       {8.368717214102164e-3f, 4.166838810919513e-2f, 0.16666520628114084f, 0.4999999344746817f, 1.0f, 1.0f})
+    p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(c));
+  return _mm512_maskz_scalef_ps(there, p, whole);
+}
+
+struct Normals {
+  __m512 density, cumulative;
+};
+
+inline Normals normal(__m512 x) {
+  const __m512 a = _mm512_abs_ps(x), one = _mm512_set1_ps(1.0f);
+  const __m512 squared = _mm512_mul_ps(_mm512_mul_ps(a, a), _mm512_set1_ps(-0.5f));
+  const __m512 density = _mm512_mul_ps(_mm512_set1_ps(0.39894228f), exp_below_zero(squared));
+  const __m512 divisor = _mm512_fmadd_ps(a, _mm512_set1_ps(0.23f), one);
+  __m512 t = _mm512_rcp14_ps(divisor);  // to 14 bits, and by a step of Newton's to 28
+  t = _mm512_fmadd_ps(t, _mm512_fnmadd_ps(divisor, t, one), t);
+  __m512 ratio = _mm512_set1_ps(-0.19654573286842508f);
+  for (const float c : {0.7272329506313892f, -0.6955793542442273f, 0.7537628156700368f, -0.08110354226298438f,
+                        0.2989272918090708f, 0.21515693784036746f, 0.2315304705254989f, -6.775901859022349e-05f})
+    ratio = _mm512_fmadd_ps(ratio, t, _mm512_set1_ps(c));
+  const __m512 tail = _mm512_mul_ps(density, ratio);
+  const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
+  return {density, _mm512_mask_sub_ps(tail, above, one, tail)};
+}
+#endif
+
 // Memory that begins where a cache line does.
 template <typename T>
 class Scratch {

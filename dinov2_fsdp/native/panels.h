@@ -127,21 +127,28 @@ inline void tile(const C* at, const Left<C>& left, const C* panel, Index depth, 
 }
 
 #ifdef __AMX_BF16__
+inline bool fills_squares(Index rows, Index depth, const Left<BFloat16>& left) {
+  return rows >= kSide && depth % kDeep == 0 && left.step == 1;
+}
+
+constexpr auto kNothing = [] {};
+
 // Rows by tiles that are all full: the last begin so early that they end with the rows, and find some sums again.
-template <int kVectors>
+template <int kVectors, typename Beside>
 inline void by_squares(Index rows, const Left<BFloat16>& left, const BFloat16* panel, Index depth, __mmask16 last,
-                       float* c, Index c_row) {
+                       float* c, Index c_row, const Beside& beside) {
   const auto some = [&](auto down, Index row) {
     constexpr Index kHigh = decltype(down)::value * kSide;
     const BFloat16* a = left.at + row * left.row_step;
     float* target = c + row * c_row;
     if (last == 0xffff) {
-      squares<decltype(down)::value, kVectors>(a, left.row_step, kSide * left.row_step, left.chunk_step, panel, depth / kDeep, target, c_row);
+      squares<decltype(down)::value, kVectors>(a, left.row_step, kSide * left.row_step, left.chunk_step, panel, depth / kDeep, target, c_row,
+                                               beside);
       return;
     }
     alignas(64) float found[kHigh * kVectors * kSide];
     squares<decltype(down)::value, kVectors>(a, left.row_step, kSide * left.row_step, left.chunk_step, panel, depth / kDeep, found,
-                                             kVectors * kSide);
+                                             kVectors * kSide, beside);
     for (Index r = 0; r < kHigh; ++r)
       for (int v = 0; v < kVectors; ++v)
         _mm512_mask_storeu_ps(target + r * c_row + v * kSide, v + 1 < kVectors ? __mmask16(0xffff) : last,
@@ -167,8 +174,8 @@ inline void tiles(Index rows, const Left<C>& left, const C* panel, Index depth, 
                   Index c_row) {
 #ifdef __AMX_BF16__
   if constexpr (std::is_same_v<C, BFloat16>) {
-    if (rows >= kSide && depth % kDeep == 0 && left.step == 1) {
-      by_squares<kVectors>(rows, left, panel, depth, last, c, c_row);
+    if (fills_squares(rows, depth, left)) {
+      by_squares<kVectors>(rows, left, panel, depth, last, c, c_row, kNothing);
       return;
     }
   }
@@ -249,19 +256,16 @@ inline void add_groups(const C* groups, Index step, const C* panel, Index depth,
 template <>
 inline void add_groups(const BFloat16* groups, Index step, const BFloat16* panel, Index depth, bool first, Index rows,
                        Index columns, float* c, Index c_row) {
-  alignas(64) float found[2 * kSide * kPanel];
+  alignas(64) float found[2][2 * kSide * kPanel];
   const auto mask = [](Index some) { return static_cast<__mmask16>(some >= 16 ? 0xffffu : (1u << some) - 1u); };
   const __mmask16 left = mask(columns), right = mask(std::max<Index>(0, columns - kSide));
-  for (Index row = 0; row < rows; row += 2 * kSide, groups += 2 * step) {
-    const Index high = std::min(2 * kSide, rows - row);
-    if (high > kSide) {
-      squares<2, 2>(groups, kDeep, step, kSide * kDeep, panel, depth / kDeep, found, kPanel);
-    } else {
-      squares<1, 2>(groups, kDeep, step, kSide * kDeep, panel, depth / kDeep, found, kPanel);
-    }
-    for (Index r = 0; r < high; ++r) {
-      float* at = c + (row + r) * c_row;
-      __m512 near = _mm512_load_ps(found + r * kPanel), far = _mm512_load_ps(found + r * kPanel + kSide);
+  // What one pair of groups gives is added while tiles multiply the next: `added` rows of `there` so far.
+  Index added = 0, there = 0;
+  const float* sums = nullptr;
+  float* at = c;
+  const auto add = [&](Index some) {
+    for (const Index end = std::min(there, added + some); added < end; ++added, sums += kPanel, at += c_row) {
+      __m512 near = _mm512_load_ps(sums), far = _mm512_load_ps(sums + kSide);
       if (!first) {
         near = _mm512_add_ps(near, _mm512_maskz_loadu_ps(left, at));
         far = _mm512_add_ps(far, _mm512_maskz_loadu_ps(right, at + kSide));
@@ -269,7 +273,21 @@ inline void add_groups(const BFloat16* groups, Index step, const BFloat16* panel
       _mm512_mask_storeu_ps(at, left, near);
       _mm512_mask_storeu_ps(at + kSide, right, far);
     }
+  };
+  const Index chunks = depth / kDeep, each = (2 * kSide + chunks - 1) / chunks;
+  const auto beside = [&] { add(each); };
+  for (Index row = 0; row < rows; row += 2 * kSide, groups += 2 * step) {
+    float* target = found[row / (2 * kSide) % 2];
+    const Index high = std::min(2 * kSide, rows - row);
+    if (high > kSide) {
+      squares<2, 2>(groups, kDeep, step, kSide * kDeep, panel, chunks, target, kPanel, beside);
+    } else {
+      squares<1, 2>(groups, kDeep, step, kSide * kDeep, panel, chunks, target, kPanel, beside);
+    }
+    add(there);
+    added = 0, there = high, sums = target;
   }
+  add(there);
 }
 #endif
 
@@ -301,6 +319,22 @@ inline __m512 load(const float* in) { return _mm512_loadu_ps(in); }
 inline __m512 load(const BFloat16* in) {
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+// 32 values, one after the other.
+inline void store(__m512 first, __m512 second, float* out) {
+  _mm512_storeu_ps(out, first);
+  _mm512_storeu_ps(out + 16, second);
+}
+
+inline void store(__m512 first, __m512 second, BFloat16* out) {
+#ifdef __AVX512BF16__
+  _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+#else
+  float values[32];
+  store(first, second, values);
+  convert(values, 32, out);
+#endif
 }
 
 // The sum of value(i) over i = 0, 16, …, vectors of sixteen each. A compiler that may not reorder sums adds their lanes

@@ -36,10 +36,11 @@ class TilesInUse {
 
 // c = kDown · 16 rows of a · kAcross · 16 columns of a panel, `chunks` · 32 deep: four tiles of sums need two of each
 // side, so that a tile that is loaded is multiplied twice. a's rows lie `a_row` apart, the second sixteen `a_second`
-// behind the first, and the next 32 values `a_chunk`.
-template <int kDown, int kAcross>
+// behind the first, and the next 32 values `a_chunk`. `beside()` is called with every 32: the processor works at it at
+// the same time, as tiles have a unit of their own.
+template <int kDown, int kAcross, typename Beside>
 inline void squares(const BFloat16* a, Index a_row, Index a_second, Index a_chunk, const BFloat16* panel, Index chunks,
-                    float* c, Index c_row) {
+                    float* c, Index c_row, const Beside& beside) {
   constexpr Index kPanelRow = 128;  // bytes of a pair of rows
   const Index row = a_row * static_cast<Index>(sizeof(BFloat16)), sums = c_row * static_cast<Index>(sizeof(float));
   asm volatile("" ::: "memory");  // the compiler does not know that tiles are loaded from memory
@@ -60,6 +61,7 @@ inline void squares(const BFloat16* a, Index a_row, Index a_second, Index a_chun
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (kAcross > 1) _tile_dpbf16ps(3, 5, 7);
     }
+    beside();
   }
   _tile_stored(0, c, sums);
   if constexpr (kAcross > 1) _tile_stored(1, c + kSide, sums);
