@@ -101,14 +101,12 @@ void pack_backward(const T* weight, Index out, Index in, const float* factor, C*
 // ---- Norms of a block of rows, as in layers.cpp.
 
 template <typename T, typename To>
-inline void norm_row(const T* __restrict in, const float* __restrict weight, const float* __restrict bias, Index count,
-                     float mean, float scale, To* __restrict out) {
-  for (Index start = 0; start < count; start += kPanel) {  // of which a row is a multiple
-    float normed[kPanel];
-    for (Index i = 0; i < kPanel; ++i)
-      normed[i] = (widen(in[start + i]) - mean) * scale * weight[start + i] + bias[start + i];
-    convert(normed, kPanel, out + start);
-  }
+inline void norm_row(const T* in, const float* weight, const float* bias, Index count, float mean, float scale, To* out) {
+  const auto normed = [=](Index i) {
+    const __m512 centred = _mm512_sub_ps(load(in + i), _mm512_set1_ps(mean));
+    return _mm512_fmadd_ps(_mm512_mul_ps(centred, _mm512_set1_ps(scale)), load(weight + i), load(bias + i));
+  };
+  for (Index i = 0; i < count; i += kPanel) store(normed(i), normed(i + 16), out + i);  // a row is a multiple of it
 }
 
 template <typename T>
@@ -124,30 +122,34 @@ inline void statistics(const T* in, Index count, float epsilon, float* mean, flo
 
 // out = the gradient in the row, + onto if that is given; adds to the sums for the weight and the bias.
 template <typename T>
-inline void norm_row_backward(const float* __restrict gradient, const T* __restrict in,
-                              const float* __restrict weight, Index count, float mean, float scale,
-                              const T* onto, float* __restrict of_weight, float* __restrict of_bias, T* out) {
-  __m512 sums = _mm512_setzero_ps(), products = sums;
-  for (Index i = 0; i < count; i += 16) {
-    const __m512 given = load(gradient + i), weighted = _mm512_mul_ps(given, load(weight + i));
-    const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(load(in + i), _mm512_set1_ps(mean)), _mm512_set1_ps(scale));
-    sums = _mm512_add_ps(sums, weighted);
-    products = _mm512_fmadd_ps(weighted, normed, products);
-    _mm512_storeu_ps(of_weight + i, _mm512_fmadd_ps(given, normed, load(of_weight + i)));
-    _mm512_storeu_ps(of_bias + i, _mm512_add_ps(given, load(of_bias + i)));
+inline void norm_row_backward(const float* gradient, const T* in, const float* weight, Index count, float mean,
+                              float scale, const T* onto, float* of_weight, float* of_bias, T* out) {
+  const __m512 centre = _mm512_set1_ps(mean), factor = _mm512_set1_ps(scale);
+  // Two at a time: each waits for the one before.
+  __m512 sums[2], products[2];
+  for (int v = 0; v < 2; ++v) sums[v] = products[v] = _mm512_setzero_ps();
+  for (Index start = 0; start < count; start += kPanel) {
+    for (int v = 0; v < 2; ++v) {
+      const Index i = start + 16 * v;
+      const __m512 given = load(gradient + i), weighted = _mm512_mul_ps(given, load(weight + i));
+      const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(load(in + i), centre), factor);
+      sums[v] = _mm512_add_ps(sums[v], weighted);
+      products[v] = _mm512_fmadd_ps(weighted, normed, products[v]);
+      _mm512_storeu_ps(of_weight + i, _mm512_fmadd_ps(given, normed, load(of_weight + i)));
+      _mm512_storeu_ps(of_bias + i, _mm512_add_ps(given, load(of_bias + i)));
+    }
   }
-  const float sum = _mm512_reduce_add_ps(sums) / static_cast<float>(count);
-  const float product = _mm512_reduce_add_ps(products) / static_cast<float>(count);
-  const auto of_value = [=](Index i) {
-    return scale * (gradient[i] * weight[i] - sum - (widen(in[i]) - mean) * scale * product);
+  const auto per_value = [=](const __m512(&both)[2]) {
+    return _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_add_ps(both[0], both[1])) / static_cast<float>(count));
   };
-  if (onto) {
-#pragma omp simd
-    for (Index i = 0; i < count; ++i) out[i] = narrow<T>(of_value(i) + widen(onto[i]));
-  } else {
-#pragma omp simd
-    for (Index i = 0; i < count; ++i) out[i] = narrow<T>(of_value(i));
-  }
+  const __m512 sum = per_value(sums), product = per_value(products);
+  const auto of_value = [=](Index i) {
+    const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(load(in + i), centre), factor);
+    const __m512 weighted = _mm512_fmsub_ps(load(gradient + i), load(weight + i), sum);
+    const __m512 found = _mm512_mul_ps(factor, _mm512_fnmadd_ps(normed, product, weighted));
+    return onto ? _mm512_add_ps(found, load(onto + i)) : found;
+  };
+  for (Index i = 0; i < count; i += kPanel) store(of_value(i), of_value(i + 16), out + i);
 }
 
 // ---- Sums over rows.
@@ -292,12 +294,10 @@ void norm_linear(const T* tokens, Index rows, Index dim, Norm norm, const T* wei
       const Index some = std::min(kBlock<C>, rows - first);
       norm_block(tokens + first * dim, some, dim, norm, means + first, scales + first, normed.get());
       by_panels(some, width, dim, Left<C>{normed.get(), dim}, panels.get(), [&](Index p, float* found, Index from, Index to) {
-        const float* __restrict added = bias + p * kPanel;
-        for (Index row = from; row < to; ++row) {
-          float* __restrict x = found + row * kPanel;
-          for (Index i = 0; i < kPanel; ++i) x[i] += added[i];
-          convert(x, kPanel, out + (first + row) * width + p * kPanel);
-        }
+        const __m512 added[2] = {load(bias + p * kPanel), load(bias + p * kPanel + 16)};
+        for (Index row = from; row < to; ++row)
+          store(_mm512_add_ps(load(found + row * kPanel), added[0]),
+                _mm512_add_ps(load(found + row * kPanel + 16), added[1]), out + (first + row) * width + p * kPanel);
       });
     }
   }
@@ -305,20 +305,21 @@ void norm_linear(const T* tokens, Index rows, Index dim, Norm norm, const T* wei
 
 // One panel's part of a result: + bias · factor + onto.
 template <typename T>
-inline void write_linear(float* found, Index from, Index to, Index p, const float* bias, const float* factor, Index first,
-                         Index dim, const T* onto, T* out) {
-  float added[kPanel];
-  for (Index i = 0; i < kPanel; ++i)
-    added[i] = factor ? bias[p * kPanel + i] * factor[p * kPanel + i] : bias[p * kPanel + i];
+inline void write_linear(const float* found, Index from, Index to, Index p, const float* bias, const float* factor,
+                         Index first, Index dim, const T* onto, T* out) {
+  __m512 added[2];
+  for (Index v = 0; v < 2; ++v) {
+    added[v] = load(bias + p * kPanel + 16 * v);
+    if (factor) added[v] = _mm512_mul_ps(added[v], load(factor + p * kPanel + 16 * v));
+  }
   for (Index row = from; row < to; ++row) {
     const Index at = (first + row) * dim + p * kPanel;
-    float* __restrict x = found + row * kPanel;
-    if (onto) {
-      for (Index i = 0; i < kPanel; ++i) x[i] += added[i] + widen(onto[at + i]);
-    } else {
-      for (Index i = 0; i < kPanel; ++i) x[i] += added[i];
+    __m512 x[2];
+    for (Index v = 0; v < 2; ++v) {
+      x[v] = _mm512_add_ps(load(found + row * kPanel + 16 * v), added[v]);
+      if (onto) x[v] = _mm512_add_ps(x[v], load(onto + at + 16 * v));
     }
-    convert(x, kPanel, out + at);
+    store(x[0], x[1], out + at);
   }
 }
 

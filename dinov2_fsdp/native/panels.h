@@ -337,13 +337,18 @@ inline void store(__m512 first, __m512 second, BFloat16* out) {
 #endif
 }
 
-// The sum of value(i) over i = 0, 16, …, vectors of sixteen each. A compiler that may not reorder sums adds their lanes
-// up one after the other, which takes longer than all before; these meet in pairs.
+// The sum of value(i) over i = 0, 16, …, vectors of sixteen each, four at a time: each waits for the one before. A
+// compiler that may not reorder sums adds their lanes up one after the other, which takes longer than all before; these
+// meet in pairs.
 template <typename Value>
 inline float sum_of(Index count, const Value& value) {
-  __m512 sum = _mm512_setzero_ps();
-  for (Index i = 0; i < count; i += 16) sum = _mm512_add_ps(sum, value(i));
-  return _mm512_reduce_add_ps(sum);
+  __m512 sums[4];
+  for (__m512& sum : sums) sum = _mm512_setzero_ps();
+  Index i = 0;
+  for (; i + 64 <= count; i += 64)
+    for (int s = 0; s < 4; ++s) sums[s] = _mm512_add_ps(sums[s], value(i + 16 * s));
+  for (; i < count; i += 16) sums[0] = _mm512_add_ps(sums[0], value(i));
+  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
 }
 
 // A matrix as it is multiplied: in its own place where that has the type, else a copy of these rows.
