@@ -254,6 +254,20 @@ def has_branches() -> bool:
 
 
 @pytest.mark.skipif(not has_branches(), reason="compiled attention needs AVX-512")
+@pytest.mark.parametrize("width", [32, 48])  # whose roots do not divide without a rest
+def test_compiled_attention_of_huge_scores_is_that_of_double_precision(
+    width: int, random: Callable[..., Tensor]
+) -> None:
+    qkv = random(100, 3, 2, width)
+    qkv[:, :2] *= 1e5
+    query, key, value = qkv.double().view(2, 50, 3, 2, width).permute(2, 0, 3, 1, 4)
+    expected = ((query @ key.mT / width**0.5).softmax(-1) @ value).transpose(1, 2).reshape(100, 2 * width)
+    found = torch.full((100, 2 * width), torch.nan)
+    fused.attention(qkv, 2, fused.BY_FP32, found)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not has_branches(), reason="compiled attention needs AVX-512")
 @pytest.mark.parametrize(
     ("how", "by"),
     [(fused.BY_FP32, None), (fused.WIDENED, None), (fused.BY_BF16, "avx512_bf16"), (fused.BY_BF16, "amx")],

@@ -81,10 +81,11 @@ inline float exponentials(float* scores, Index length, float factor, const Take&
   for (Index c = length; c < vectors; ++c) scores[c] = -INFINITY;
   __m512 most = load(scores);
   for (Index c = 16; c < vectors; c += 16) most = _mm512_max_ps(load(scores + c), most);
-  const __m512 scale = _mm512_set1_ps(factor), largest = _mm512_set1_ps(_mm512_reduce_max_ps(most) * factor);
+  // Subtracted first: what is rounded of a product of the largest would make its own exponential anything.
+  const __m512 scale = _mm512_set1_ps(factor), largest = _mm512_set1_ps(_mm512_reduce_max_ps(most));
   __m512 sum = _mm512_setzero_ps();
   for (Index c = 0; c < vectors; c += 16) {
-    const __m512 found = exp_below_zero(_mm512_fmsub_ps(load(scores + c), scale, largest));
+    const __m512 found = exp_below_zero(_mm512_mul_ps(_mm512_sub_ps(load(scores + c), largest), scale));
     sum = _mm512_add_ps(sum, found);
     take(c, found);
   }

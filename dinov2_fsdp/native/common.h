@@ -129,7 +129,8 @@ struct Normals {
 };
 
 inline Normals normal(__m512 x) {
-  const __m512 a = _mm512_abs_ps(x), one = _mm512_set1_ps(1.0f);
+  // Not infinite, which a step of Newton's makes no number of; what is none stays so.
+  const __m512 a = _mm512_min_ps(_mm512_set1_ps(1e18f), _mm512_abs_ps(x)), one = _mm512_set1_ps(1.0f);
   const __m512 squared = _mm512_mul_ps(_mm512_mul_ps(a, a), _mm512_set1_ps(-0.5f));
   const __m512 density = _mm512_mul_ps(_mm512_set1_ps(0.39894228f), exp_below_zero(squared));
   const __m512 divisor = _mm512_fmadd_ps(a, _mm512_set1_ps(0.23f), one);

@@ -27,6 +27,7 @@ class TilesInUse {
       shape.bytes[i] = 64;
       shape.rows[i] = kSide;
     }
+    asm volatile("" ::: "memory");  // GCC 12 takes what it reads for eight bytes
     _tile_loadconfig(&shape);
   }
   ~TilesInUse() { _tile_release(); }
