@@ -24,7 +24,7 @@ SIZES = [(518, 518), (224, 224), (154, 280)]
 SMALL_SIZES = [(70, 70), (42, 42), (28, 56)]
 """The same with position embeddings for 70 pixels."""
 WHOLE = "PARITY_WHOLE" in os.environ
-DEPTHS = {"vits": 12, "vitb": 12, "vitl": 24 if WHOLE else 12, "vitg": 40 if WHOLE else 2}
+DEPTHS = {"vits": 12, "vitb": 12 if WHOLE else 4, "vitl": 24 if WHOLE else 3, "vitg": 40 if WHOLE else 2}
 """Blocks: the large ones are cut, but where the environment asks for all: ViT-g then needs 12 GB and half an hour."""
 FULL = [(arch, depth, registers) for arch, depth in DEPTHS.items() for registers in (0, 4)]
 TINY = [("mlp", 0), ("mlp", 4), ("swiglu", 0), ("swiglu", 4)]
