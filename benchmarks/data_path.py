@@ -3,10 +3,11 @@
     python benchmarks/data_path.py --images tar:PATH
     python benchmarks/data_path.py --images folder:/my/photos --rounds 3 crops.local_size=96 --lightly
 
-Both paths, and the fast one without the colours that ``crops.colours=device`` leaves to the device, get the same images
-and draws in turn, a few at a time and several times over; of each few the best round counts. Times are CPU time of one
-process, so that a core shared with others does not show, and images a second are those of one core. What the device
-needs for the colours is timed apart: on a GPU if there is one (``parallel.device``), by its own clock.
+Both paths, and the fast one without the colours that ``crops.colours=device`` leaves to the device, get the same
+images and draws in turn, a few at a time and several times over; of each few the best round counts. Times are CPU
+time of one process, prepared as a data worker is (``dinov2_fsdp.memory``), so that a core shared with others does not
+show, and images a second are those of one core. What the device needs for the colours is timed apart: on a GPU if
+there is one (``parallel.device``), by its own clock.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from dinov2_fsdp.data.loader import Microbatches
 from dinov2_fsdp.data.sources import Source, open_source
 from dinov2_fsdp.data.sources.decoding import LazyImage
 from dinov2_fsdp.errors import run_cli
+from dinov2_fsdp.memory import prepare_worker
 from dinov2_fsdp.parallel.place import check_devices
 from dinov2_fsdp.rng import generator
 
@@ -298,6 +300,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
 
     torch.set_num_threads(1)
+    prepare_worker()
     few, rounds = arguments.few, arguments.rounds
     config = load(
         arguments.config,

@@ -370,3 +370,17 @@ def test_a_process_that_still_holds_its_loader_ends(ending: str, code: int, said
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=60, check=False)
     assert ended.returncode == code, ended.stderr
     assert said in ended.stderr.decode()
+
+
+class Watched(Scenes):
+    """What the garbage collector of whoever draws the image leaves alone is the image."""
+
+    def image(self, index: int) -> Image.Image:
+        return Image.new("RGB", (32, 32), (255, 0, 0) if gc.get_freeze_count() > 10_000 else (0, 0, 0))
+
+
+def test_workers_do_not_look_for_garbage_among_what_was_there_before() -> None:
+    plain = dict(crops__jitter=0.0, crops__gray=0.0, crops__solarize=0.0)
+    assert not gc.get_freeze_count()
+    assert next(load(one_image_each(workers=1, **plain), Watched(), 1)).global_crops[:, 0].min() == 255
+    assert next(load(one_image_each(workers=0, **plain), Watched(), 1)).global_crops.max() == 0

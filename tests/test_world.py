@@ -15,7 +15,7 @@ CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 FAULTS = """
 import json, resource, torch
-from dinov2_fsdp.parallel.world import keep_freed_memory
+from dinov2_fsdp.memory import keep_freed_memory
 keep_freed_memory()
 found = []
 for _ in range(12):

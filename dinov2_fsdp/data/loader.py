@@ -28,6 +28,7 @@ from dinov2_fsdp.data.sources import BadImage, Source
 from dinov2_fsdp.data.sources.decoding import LazyImage
 from dinov2_fsdp.data.stream import Stream
 from dinov2_fsdp.errors import RunFailed, UserError
+from dinov2_fsdp.memory import prepare_worker
 from dinov2_fsdp.rng import generator
 from dinov2_fsdp.signals import leave_signals_to_parent
 
@@ -338,11 +339,12 @@ def build_loader(config: Config, source: Source, start: int, end: int, rank: int
         prefetch_factor=prefetch if workers else None,
         persistent_workers=False,
         pin_memory=pin,
-        worker_init_fn=_quiet_worker if workers else None,
+        worker_init_fn=_start_worker if workers else None,
         in_order=False,
     )
     return Loader(line, loader)
 
 
-def _quiet_worker(_: int) -> None:
+def _start_worker(_: int) -> None:
     leave_signals_to_parent()
+    prepare_worker()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,10 +11,8 @@ import torch
 import torch.distributed as dist
 
 from dinov2_fsdp.config import ParallelConfig
+from dinov2_fsdp.memory import keep_freed_memory
 from dinov2_fsdp.parallel.place import Place, available_cores, check_devices
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Of ``malloc.h``."""
 
 _PRIMITIVES = 96
 """Some more than come again in the next step: fewer would be made anew in every step, more would keep more memory."""
@@ -75,16 +72,6 @@ def start_world(config: ParallelConfig, place: Place, deterministic: bool = Fals
         device_id=device if kind == "cuda" else None,
     )
     return World(place.rank, place.world_size, place.local_rank, device, _store(place), common)
-
-
-def keep_freed_memory() -> None:
-    """Let this process use freed memory again, up to half a GiB of it, instead of asking for new pages in every step.
-
-    A new page costs a CPU as long as thousands of multiplications. Where the C library is not glibc, nothing happens.
-    """
-    if os.name == "posix" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-        library.mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that glibc takes
-        library.mallopt(_TRIM_THRESHOLD, 512 << 20)
 
 
 def keep_few_primitives() -> None:
