@@ -380,7 +380,7 @@ class Watched(Scenes):
 
 
 def test_workers_do_not_look_for_garbage_among_what_was_there_before() -> None:
-    plain = dict(crops__jitter=0.0, crops__gray=0.0, crops__solarize=0.0)
+    plain = {"crops__jitter": 0.0, "crops__gray": 0.0, "crops__solarize": 0.0}
     assert not gc.get_freeze_count()
     assert next(load(one_image_each(workers=1, **plain), Watched(), 1)).global_crops[:, 0].min() == 255
     assert next(load(one_image_each(workers=0, **plain), Watched(), 1)).global_crops.max() == 0
