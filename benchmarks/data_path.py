@@ -5,7 +5,7 @@
 
 Both paths, and the fast one without the colours that ``crops.colours=device`` leaves to the device, get the same
 images and draws in turn, a few at a time and several times over; of each few the best round counts. Times are CPU
-time of one process, prepared as a data worker is (``dinov2_fsdp.memory``), so that a core shared with others does not
+time of one process, prepared as a data worker is (``prepare_worker``), so that a core shared with others does not
 show, and images a second are those of one core. What the device needs for the colours is timed apart: on a GPU if
 there is one (``parallel.device``), by its own clock.
 """
@@ -37,11 +37,10 @@ from dinov2_fsdp.config import Config, load
 from dinov2_fsdp.data import augment, fast_augment
 from dinov2_fsdp.data.augment import CropParameters
 from dinov2_fsdp.data.batch import IMAGE_MEAN, IMAGE_STD
-from dinov2_fsdp.data.loader import Microbatches
+from dinov2_fsdp.data.loader import Microbatches, prepare_worker
 from dinov2_fsdp.data.sources import Source, open_source
 from dinov2_fsdp.data.sources.decoding import LazyImage
 from dinov2_fsdp.errors import run_cli
-from dinov2_fsdp.memory import prepare_worker
 from dinov2_fsdp.parallel.place import check_devices
 from dinov2_fsdp.rng import generator
 

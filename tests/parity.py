@@ -27,6 +27,8 @@ WHOLE = "PARITY_WHOLE" in os.environ
 DEPTHS = {"vits": 12, "vitb": 12 if WHOLE else 4, "vitl": 24 if WHOLE else 3, "vitg": 40 if WHOLE else 2}
 """Blocks: the large ones are cut, but where the environment asks for all: ViT-g then needs 12 GB and half an hour."""
 FULL = [(arch, depth, registers) for arch, depth in DEPTHS.items() for registers in (0, 4)]
+LIMIT = 4 * 3600 if WHOLE else 900
+"""Seconds of one test: whole backbones take longer than any other may."""
 TINY = [("mlp", 0), ("mlp", 4), ("swiglu", 0), ("swiglu", 4)]
 
 

@@ -286,3 +286,28 @@ def test_where_bf16_has_better_instructions_than_compiled_code_knows_libraries_u
     assert branches.applies(tokens.float(), layer.float(), layer)
     monkeypatch.setattr(products, "bf16_is_fast", lambda: False)
     assert branches.applies(tokens, layer.bfloat16(), layer)
+
+
+def test_gelu_and_its_slope_are_right_far_into_both_tails(how: int, random: Callable[..., Tensor]) -> None:
+    """Weights of the first layer are 0 and the second hands on, so that biases alone are what is activated."""
+    torch.manual_seed(0)
+    branch = Branch("feed forward", 64, ((3, 47),), scaled=False, onto=False)
+    at = torch.linspace(-12, 12, 64)
+    with torch.no_grad():
+        branch.first.weight.zero_()
+        branch.first.bias.zero_()[:64] = at
+        branch.second.weight.zero_()[:, :64] = torch.eye(64)
+        branch.second.bias.zero_()
+    branch, tokens = branch.to(dtype_of(how)), random(141, 64).to(dtype_of(how))
+    assert branches.applies(tokens, branch.first, branch.second)
+    out = branch(tokens)
+    out.sum().backward()
+    # torch's own GELU is a difference of numbers near 1 in the left tail, even in double precision.
+    x = branch.first.bias[:64].detach().double()
+    cumulative, density = torch.special.erfc(-x / 2**0.5) / 2, torch.exp(-x.square() / 2) / (2 * torch.pi) ** 0.5
+    assert branch.first.bias.grad is not None
+    close = {"rtol": 1e-5 if how == fused.BY_FP32 else 1e-2, "atol": 1e-30}
+    torch.testing.assert_close(out[7].double(), x * cumulative, **close)
+    # Where the slope changes its sign it is a difference.
+    near = {**close, "atol": 141 * (1e-6 if how == fused.BY_FP32 else 1e-3)}
+    torch.testing.assert_close(branch.first.bias.grad[:64].double(), 141 * (cumulative + x * density), **near)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from parity import (
     FULL,
+    LIMIT,
     SIZES,
     SMALL_SIZES,
     TINY,
@@ -103,6 +104,7 @@ def test_tiny_backbones_compute_what_hugging_faces_do(ffn: str, registers: int, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(LIMIT)
 @pytest.mark.parametrize(("arch", "depth", "registers"), FULL)
 def test_published_backbones_compute_what_hugging_faces_do(
     arch: str, depth: int, registers: int, tmp_path: Path

@@ -10,6 +10,7 @@ import pytest
 import torch
 from parity import (
     FULL,
+    LIMIT,
     SIZES,
     SMALL_SIZES,
     TINY,
@@ -94,6 +95,7 @@ def test_tiny_backbones_compute_what_timms_do(ffn: str, registers: int, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(LIMIT)
 @pytest.mark.parametrize(("arch", "depth", "registers"), FULL)
 def test_published_backbones_compute_what_timms_do(arch: str, depth: int, registers: int, tmp_path: Path) -> None:
     both_ways(published(arch, depth, registers), 518, SIZES, tmp_path, f"{arch} {registers}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import itertools
 import multiprocessing
 import os
@@ -28,7 +29,7 @@ from dinov2_fsdp.data.sources import BadImage, Source
 from dinov2_fsdp.data.sources.decoding import LazyImage
 from dinov2_fsdp.data.stream import Stream
 from dinov2_fsdp.errors import RunFailed, UserError
-from dinov2_fsdp.memory import prepare_worker
+from dinov2_fsdp.memory import keep_freed_memory
 from dinov2_fsdp.rng import generator
 from dinov2_fsdp.signals import leave_signals_to_parent
 
@@ -343,6 +344,16 @@ def build_loader(config: Config, source: Source, start: int, end: int, rank: int
         in_order=False,
     )
     return Loader(line, loader)
+
+
+def prepare_worker() -> None:
+    """Make ready a process that turns images into crops over and over: the same pages, and no search of what stays.
+
+    What is there before the first image, hundreds of thousands of objects of libraries' and the parent's, would be
+    looked through for garbage again and again, and memory shared with the parent be copied by that.
+    """
+    keep_freed_memory()
+    gc.freeze()
 
 
 def _start_worker(_: int) -> None:

@@ -15,12 +15,12 @@ namespace {
 
 // Queries at most at a time, forward. Fewer come at a time where the last would be few, but whole tiles.
 template <typename C>
-constexpr Index kQueries = Multiplied<C>::kWhole > 2 ? 128 : 60;
+constexpr Index kQueries = kByTiles<C> ? 128 : 60;
 
 template <typename C>
 inline Index queries_at_a_time(Index length) {
   const Index parts = (length + kQueries<C> - 1) / kQueries<C>, queries = (length + parts - 1) / parts;
-  return Multiplied<C>::kWhole > 2 ? std::min(kQueries<C>, up_to(16, queries)) : queries;
+  return kByTiles<C> ? std::min(kQueries<C>, up_to(16, queries)) : queries;
 }
 
 // columns × depth → the panels of its transposed.
@@ -94,13 +94,12 @@ inline float exponentials(float* scores, Index length, float factor, const Take&
 
 // Up to 16 values.
 inline void store(__m512 values, float* out, Index there) {
-  _mm512_mask_storeu_ps(out, static_cast<__mmask16>(there >= 16 ? 0xffffu : (1u << there) - 1u), values);
+  _mm512_mask_storeu_ps(out, lanes(there), values);
 }
 
 inline void store(__m512 values, BFloat16* out, Index there) {
 #ifdef __AVX512BF16__
-  const auto mask = static_cast<__mmask16>(there >= 16 ? 0xffffu : (1u << there) - 1u);
-  _mm256_mask_storeu_epi16(out, mask, (__m256i)_mm512_cvtneps_pbh(values));
+  _mm256_mask_storeu_epi16(out, lanes(there), (__m256i)_mm512_cvtneps_pbh(values));
 #else
   float wide[16];
   _mm512_storeu_ps(wide, values);
@@ -112,8 +111,7 @@ inline void store(__m512 values, BFloat16* out, Index there) {
 template <typename T>
 inline void scale_row(const float* in, Index count, float factor, T* out) {
   for (Index c = 0; c < count; c += 16) {
-    const auto mask = static_cast<__mmask16>(count - c >= 16 ? 0xffffu : (1u << (count - c)) - 1u);
-    store(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, in + c), _mm512_set1_ps(factor)), out + c, count - c);
+    store(_mm512_mul_ps(_mm512_maskz_loadu_ps(lanes(count - c), in + c), _mm512_set1_ps(factor)), out + c, count - c);
   }
 }
 

@@ -4,8 +4,9 @@
 // its cache, nothing waits between the operations, and no thread for another. Libraries' products cannot be joined so;
 // with large matrices these are as fast (docs/performance.md).
 //
-// Every sum over rows goes from the first row to the last, or by blocks of rows that meet in order: results depend
-// neither on threads nor on how many rows are worked on at a time.
+// Every sum over rows goes from the first row to the last, or by blocks of rows that meet in order: results do not
+// depend on threads. A row's own sums are the same wherever it stands, but that tiles want sixteen rows: with fewer in
+// the last block, another instruction adds those up in its own order.
 
 #include "panels.h"
 
@@ -23,12 +24,12 @@ namespace {
 
 // Rows that a thread takes from end to end: a multiple of a tile's.
 template <typename C>
-constexpr Index kBlock = Multiplied<C>::kWhole > 2 ? 64 : 48;
+constexpr Index kBlock = kByTiles<C> ? 64 : 48;
 // Blocks at a time, before the weights' gradients are multiplied; more with many threads.
 constexpr Index kBlocks = 32;
 // Rows of a weight's gradient that are summed up by themselves. Those of a panel for tiles stay in the nearest cache.
 template <typename C>
-constexpr Index kSummed = (Multiplied<C>::kWhole > 2 ? 8 : 16) * kBlock<C>;
+constexpr Index kSummed = (kByTiles<C> ? 8 : 16) * kBlock<C>;
 static_assert(kBlocks % 16 == 0, "what is summed up by itself would depend on the number of threads");
 
 // A block of rows · panels; each panel's result, (rows, 32) in single precision, is handed to
@@ -293,7 +294,8 @@ void norm_linear(const T* tokens, Index rows, Index dim, Norm norm, const T* wei
     for (Index first = 0; first < rows; first += kBlock<C>) {
       const Index some = std::min(kBlock<C>, rows - first);
       norm_block(tokens + first * dim, some, dim, norm, means + first, scales + first, normed.get());
-      by_panels(some, width, dim, Left<C>{normed.get(), dim}, panels.get(), [&](Index p, float* found, Index from, Index to) {
+      by_panels(some, width, dim, Left<C>{normed.get(), dim}, panels.get(), 
+                [&](Index p, float* found, Index from, Index to) {
         const __m512 added[2] = {load(bias + p * kPanel), load(bias + p * kPanel + 16)};
         for (Index row = from; row < to; ++row)
           store(_mm512_add_ps(load(found + row * kPanel), added[0]),
@@ -337,7 +339,8 @@ void scaled_linear(const T* in, Index rows, Index width, const T* weight, const 
     for (Index first = 0; first < rows; first += kBlock<C>) {
       const Index some = std::min(kBlock<C>, rows - first);
       const C* left = as_multiplied(in + first * width, some * width, copy.get());
-      by_panels(some, dim, width, Left<C>{left, width}, panels.get(), [&](Index p, float* found, Index from, Index to) {
+      by_panels(some, dim, width, Left<C>{left, width}, panels.get(), 
+                [&](Index p, float* found, Index from, Index to) {
         write_linear(found, from, to, p, bias, factor, first, dim, onto, out);
       });
     }
@@ -360,7 +363,8 @@ void feed_forward(const T* tokens, Index rows, Index dim, Index width, Norm norm
     for (Index first = 0; first < rows; first += kBlock<C>) {
       const Index some = std::min(kBlock<C>, rows - first);
       norm_block(tokens + first * dim, some, dim, norm, means + first, scales + first, normed.get());
-      by_panels(some, width, dim, Left<C>{normed.get(), dim}, panels1.get(), [&](Index p, float* found, Index from, Index to) {
+      by_panels(some, width, dim, Left<C>{normed.get(), dim}, panels1.get(), 
+                [&](Index p, float* found, Index from, Index to) {
         C* target = activated.get() + p * kBlock<C> * kPanel;
         T* hidden = kept ? kept + first * width + p * some * kPanel : nullptr;
         for (Index row = from; row < to; ++row) {
@@ -472,10 +476,12 @@ void feed_forward_backward(const T* gradient, const T* tokens, Index rows, Index
         lay_out_groups(of_out, dim, some, dim, depth, weight2_sums.groups(at));
         back.recompute(first, some, at, normed.get());
         const C* left = as_multiplied(of_out, some * dim, copy.get());
-        by_panels(some, width, dim, Left<C>{left, dim}, panels2.get(), [&](Index p, float* found, Index from, Index to) {
+        by_panels(some, width, dim, Left<C>{left, dim}, panels2.get(), 
+                  [&](Index p, float* found, Index from, Index to) {
           const T* hidden = kept + first * width + p * some * kPanel;
           float* bias_sums = of_bias1 + p * kPanel;
-          C *of_second = weight2_sums.panels(at) + p * depth * kPanel, *of_first = weight1_sums.panels(at) + p * depth * kPanel;
+          C* of_second = weight2_sums.panels(at) + p * depth * kPanel;
+          C* of_first = weight1_sums.panels(at) + p * depth * kPanel;
           __m512 sums[2] = {load(bias_sums), load(bias_sums + 16)};
           alignas(64) float activated[2 * kPanel];
           for (Index row = from; row < to; row += 2) {
@@ -581,7 +587,8 @@ void scaled_linear_backward(const T* gradient, const T* in, Index rows, Index wi
         lay_out<kPanel>(in + first * width, width, some, width, depth, weight_sums.panels(at));
         weight_sums.fill_up(at, some);
         const C* left = as_multiplied(of_out, some * dim, copy.get());
-        by_panels(some, width, dim, Left<C>{left, dim}, panels.get(), [&](Index p, const float* found, Index from, Index to) {
+        by_panels(some, width, dim, Left<C>{left, dim}, panels.get(), 
+                  [&](Index p, const float* found, Index from, Index to) {
           for (Index row = from; row < to; ++row)
             convert(found + row * kPanel, kPanel, of_in + (first + row) * width + p * kPanel);
         });

@@ -27,6 +27,9 @@ inline void ask_ahead(const C* panel) {
 }
 
 inline Index up_to(Index multiple, Index count) { return (count + multiple - 1) / multiple * multiple; }
+// The first so many lanes of a vector of sixteen.
+inline __mmask16 lanes(Index count) { return static_cast<__mmask16>(count >= 16 ? 0xffffu : (1u << count) - 1u); }
+
 inline Index padded(Index columns) { return up_to(kPanel, columns); }
 
 // What is read of a panel and of a row at a time: one value of each column, or a pair.
@@ -68,6 +71,9 @@ struct Multiplied<BFloat16> {
   static __m512 add(__m512 sum, Vector value, Vector columns) { return _mm512_dpbf16_ps(sum, value, columns); }
 };
 #endif
+
+template <typename C>
+constexpr bool kByTiles = Multiplied<C>::kWhole > 2;
 
 template <typename C>
 using InUse = typename Multiplied<C>::InUse;
@@ -138,17 +144,18 @@ template <int kVectors, typename Beside>
 inline void by_squares(Index rows, const Left<BFloat16>& left, const BFloat16* panel, Index depth, __mmask16 last,
                        float* c, Index c_row, const Beside& beside) {
   const auto some = [&](auto down, Index row) {
-    constexpr Index kHigh = decltype(down)::value * kSide;
+    constexpr int kDown = decltype(down)::value;
+    constexpr Index kHigh = kDown * kSide;
+    const Index second = kSide * left.row_step;
     const BFloat16* a = left.at + row * left.row_step;
     float* target = c + row * c_row;
     if (last == 0xffff) {
-      squares<decltype(down)::value, kVectors>(a, left.row_step, kSide * left.row_step, left.chunk_step, panel, depth / kDeep, target, c_row,
-                                               beside);
+      squares<kDown, kVectors>(a, left.row_step, second, left.chunk_step, panel, depth / kDeep, target, c_row, beside);
       return;
     }
     alignas(64) float found[kHigh * kVectors * kSide];
-    squares<decltype(down)::value, kVectors>(a, left.row_step, kSide * left.row_step, left.chunk_step, panel, depth / kDeep, found,
-                                             kVectors * kSide, beside);
+    squares<kDown, kVectors>(a, left.row_step, second, left.chunk_step, panel, depth / kDeep, found, kVectors * kSide,
+                            beside);
     for (Index r = 0; r < kHigh; ++r)
       for (int v = 0; v < kVectors; ++v)
         _mm512_mask_storeu_ps(target + r * c_row + v * kSide, v + 1 < kVectors ? __mmask16(0xffff) : last,
@@ -200,7 +207,7 @@ template <typename C>
 void product(Index rows, Index columns, Index depth, const Left<C>& left, const C* panels, float* c, Index c_row) {
   for (Index start = 0; start < columns; start += kPanel, panels += depth * kPanel) {
     const Index some = std::min(kPanel, columns - start);
-    const auto last = static_cast<__mmask16>((1u << (some > 16 ? some - 16 : some)) - 1u);
+    const __mmask16 last = lanes(some > 16 ? some - 16 : some);
     if (some > 16) {
       tiles<2>(rows, left, panels, depth, last, c + start, c_row);
     } else {
@@ -215,8 +222,7 @@ template <typename C>
 inline void add_tile(const C* group, const C* panel, Index depth, bool first, Index rows, Index columns, float* c,
                      Index c_row) {
   using M = Multiplied<C>;
-  const auto mask = [](Index some) { return static_cast<__mmask16>(some >= 16 ? 0xffffu : (1u << some) - 1u); };
-  const __mmask16 left = mask(columns), right = mask(std::max<Index>(0, columns - 16));
+  const __mmask16 left = lanes(columns), right = lanes(std::max<Index>(0, columns - 16));
   __m512 sums[kRows][2];
 #pragma GCC unroll 12
   for (int row = 0; row < kRows; ++row) sums[row][0] = sums[row][1] = _mm512_setzero_ps();
@@ -257,8 +263,7 @@ template <>
 inline void add_groups(const BFloat16* groups, Index step, const BFloat16* panel, Index depth, bool first, Index rows,
                        Index columns, float* c, Index c_row) {
   alignas(64) float found[2][2 * kSide * kPanel];
-  const auto mask = [](Index some) { return static_cast<__mmask16>(some >= 16 ? 0xffffu : (1u << some) - 1u); };
-  const __mmask16 left = mask(columns), right = mask(std::max<Index>(0, columns - kSide));
+  const __mmask16 left = lanes(columns), right = lanes(std::max<Index>(0, columns - kSide));
   // What one pair of groups gives is added while tiles multiply the next: `added` rows of `there` so far.
   Index added = 0, there = 0;
   const float* sums = nullptr;
@@ -307,7 +312,7 @@ inline void convert(const From* __restrict in, Index count, To* __restrict out) 
 template <>
 inline void convert(const float* __restrict in, Index count, BFloat16* __restrict out) {
   for (Index i = 0; i < count; i += 16) {
-    const auto mask = static_cast<__mmask16>(count - i >= 16 ? 0xffffu : (1u << (count - i)) - 1u);
+    const __mmask16 mask = lanes(count - i);
     const auto halves = (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, in + i));
     _mm256_mask_storeu_epi16(out + i, mask, halves);
   }
@@ -400,7 +405,7 @@ inline void store_rows(const From* in, Index stride, Index rows, BFloat16* out) 
     const From* first = in + row * stride;
     const From* second = row + 1 < rows ? first + stride : nullptr;
     for (Index i = 0; i < kWidth; i += 16) {
-      const auto mask = static_cast<__mmask16>(kWidth - i >= 16 ? 0xffffu : (1u << (kWidth - i)) - 1u);
+      const __mmask16 mask = lanes(kWidth - i);
       const __m512i both = both_rows(first + i, second ? second + i : nullptr, mask);
       _mm512_mask_storeu_epi32(out + row * kWidth + 2 * i, mask, _mm512_permutexvar_epi16(order, both));
     }
@@ -458,7 +463,7 @@ inline void lay_out_groups(const From* in, Index stride, Index rows, Index colum
     const Index some = std::min(kDeep, rows - start), there = up_to(2, some) / 2;
     if (some < kDeep) std::fill(pairs + there * kSide, pairs + kSide * kSide, 0.0f);
     for (Index column = 0; column < columns; column += kSide) {
-      const auto mask = static_cast<__mmask16>(columns - column >= kSide ? 0xffffu : (1u << (columns - column)) - 1u);
+      const __mmask16 mask = lanes(columns - column);
       for (Index i = 0; i < there; ++i) {
         const From* first = in + (start + 2 * i) * stride + column;
         const From* second = 2 * i + 1 < some ? first + stride : nullptr;
