@@ -13,8 +13,16 @@ exec((Path(__file__).parent / "dinov2_fsdp" / "__init__.py").read_text(), versio
 # Compiled code for a CPU (dinov2_fsdp/native), once for each instruction set; an installation picks one when it runs.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 _AVX512 = [*_AVX2, *(f"-mavx512{name}" for name in ("f", "bw", "dq", "vl", "cd")), "-mprefer-vector-width=512"]
-_AVX512_BF16 = [*_AVX512, "-mavx512bf16"]
+_AVX512_VNNI = [*_AVX512, "-mavx512vbmi", "-mavx512vnni"]
+_AVX512_BF16 = [*_AVX512_VNNI, "-mavx512bf16"]
 _AMX = [*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
+_VARIANTS = {
+    "_avx2": _AVX2,
+    "_avx512": _AVX512,
+    "_avx512_vnni": _AVX512_VNNI,
+    "_avx512_bf16": _AVX512_BF16,
+    "_amx": _AMX,
+}
 # Neither errno nor traps: functions and comparisons may become vector instructions. No result depends on it.
 _OPTIONS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
 
@@ -37,7 +45,7 @@ def compiled():
             language="c++",
             optional=True,
         )
-        for name, flags in (("_avx2", _AVX2), ("_avx512", _AVX512), ("_avx512_bf16", _AVX512_BF16), ("_amx", _AMX))
+        for name, flags in _VARIANTS.items()
     ]
 
 

@@ -1,19 +1,20 @@
 """The augmentation of :mod:`augment`, several times as fast: the same draws, pixels that differ by rounding.
 
 What makes it fast: a JPEG file is decoded at a reduced size when every crop is shrunk by more than that anyway; where
-a processor has AVX-512, compiled code (:mod:`dinov2_fsdp.native`) resamples with Pillow's filter straight into the
-crop's planes (``resample.cpp``), and its colours are one pass (``colours.cpp``), equal to Pillow's but for hue.
-Elsewhere the resampling is torch's (the same filter in fixed point) and colours and blur are OpenCV's. The blur has the
-kernel that Pillow's three box filters amount to.
+a processor has AVX-512, compiled code (:mod:`dinov2_fsdp.native`) makes all crops of an image in one call. It resamples
+into the crop's planes, with Pillow's bits (``resample.cpp``), and recolours them there, equal to Pillow but for hue
+(``colours.cpp``). Elsewhere the resampling is torch's (the same filter with fewer bits) and colours and blur are
+OpenCV's. The blur has the kernel that Pillow's three box filters amount to.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -47,6 +48,11 @@ NEGLIGIBLE = 1 / 2048
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 """As compiled code numbers them."""
 
+_MOST_OPERATIONS = 4
+
+# As pixels.h has a crop: the box and the size, where planes and kernel are, its radius, flags and operations.
+_CROP = struct.Struct(f"5q2Pq4i{_MOST_OPERATIONS}i{_MOST_OPERATIONS}f")
+
 _LUMA = (0.299, 0.587, 0.114)
 
 # Pillow's blend cuts fractions off, OpenCV rounds. Not quite a half, so that whole numbers stay what they are.
@@ -63,15 +69,12 @@ class FastMultiCrop(MultiCrop):
         global_crops: NDArray[np.uint8],
         local_crops: NDArray[np.uint8],
     ) -> None:
-        crops = [*global_crops, *local_crops]
-        sizes = [crop.shape[-1] for crop in crops]
+        sizes = [crops.shape[-1] for crops in (global_crops, local_crops) for _ in crops]
         factor = reduction(parameters, sizes) if image.reducible else 1
         pixels = image.pixels(factor)
-        moved = [replace(drawn, box=reduced_box(drawn.box, factor, pixels)) for drawn in parameters]
-        # One stage after the other over all crops: each leaves the processor's caches to its own code.
-        resized = [resize(pixels, drawn, crop) for crop, drawn in zip(crops, moved, strict=True)]
-        for crop, picture, drawn in zip(crops, resized, moved, strict=True):
-            recolour(picture, drawn, crop)
+        if factor > 1:
+            parameters = [replace(drawn, box=reduced_box(drawn.box, factor, pixels)) for drawn in parameters]
+        make(pixels, parameters, global_crops, local_crops)
 
 
 class UncolouredMultiCrop(FastMultiCrop):
@@ -119,76 +122,80 @@ def apply(pixels: NDArray[np.uint8], parameters: CropParameters, size: int) -> M
     Args:
         pixels: (height, width, 3) uint8.
     """
-    planes = np.empty((3, size, size), np.uint8)
-    recolour(resize(pixels, parameters, planes), parameters, planes)
-    return planes.transpose(1, 2, 0)
+    planes = np.empty((1, 3, size, size), np.uint8)
+    make(pixels, [parameters], planes)
+    return planes[0].transpose(1, 2, 0)
 
 
-def resize(pixels: NDArray[np.uint8], parameters: CropParameters, planes: NDArray[np.uint8]) -> MatLike | None:
-    """Resample what lies in the box, and flip it if that was drawn.
+def make(pixels: NDArray[np.uint8], parameters: Sequence[CropParameters], *outputs: NDArray[np.uint8]) -> None:
+    """Write an image's crops.
 
-    Returns:
-        None if it is in ``planes``, (3, size, size), where compiled code writes it; otherwise (size, size, 3), which is
-        a copy in any case.
+    Args:
+        pixels: (height, width, 3) uint8.
+        parameters: what was drawn for each crop, boxes in these pixels.
+        outputs: uint8 (crops, 3, size, size), as many crops altogether, those of one size in each.
     """
-    top, left, height, width = parameters.box
-    crop, size = pixels[top : top + height, left : left + width], planes.shape[-1]
-    compiled = library()
+    compiled, arrays = library(), [pixels[None], *outputs]
+    # Compiled code knows of one distance between rows, that of whole ones, and of crops that are not spread.
     if (
         compiled is not None
-        and "resample" in compiled.names
-        and planes.flags.c_contiguous
-        and pixels.flags.c_contiguous
-        and pixels.dtype == np.uint8
+        and "crops" in compiled.names
+        and all(array.dtype == np.uint8 and array[:1].flags.c_contiguous for array in arrays)
     ):
-        box = (crop.ctypes.data, pixels.strides[0], height, width)
-        compiled.resample(*box, size, int(parameters.flip), planes.ctypes.data)
-        return None
-    resized = _resize(crop, size)
+        _make_by_compiled_code(compiled, pixels, parameters, outputs)
+        return
+    planes = [crop for crops in outputs for crop in crops]
+    # One stage after the other over all crops: each leaves the processor's caches to its own code.
+    resized = [_resize(pixels, drawn, crop.shape[-1]) for crop, drawn in zip(planes, parameters, strict=True)]
+    for crop, picture, drawn in zip(planes, resized, parameters, strict=True):
+        recoloured = _recolour(picture, drawn)
+        if recoloured.ndim == 2:
+            crop[...] = recoloured
+        else:
+            cv2.split(recoloured, [*crop])
+
+
+def _make_by_compiled_code(
+    compiled: Library, pixels: NDArray[np.uint8], parameters: Sequence[CropParameters], outputs: Sequence[NDArray[Any]]
+) -> None:
+    places = [(at, crops.shape[-1]) for crops in outputs for at in _addresses(crops)]
+    packed, kernels = [], []
+    for (at, size), drawn in zip(places, parameters, strict=True):
+        missing = _MOST_OPERATIONS - len(drawn.jitter)
+        kinds = [*(OPERATIONS.index(name) for name, _ in drawn.jitter), *[0] * missing]
+        factors = [*(_shift(by) if name == "hue" else by for name, by in drawn.jitter), *[0] * missing]
+        address, radius = 0, -1
+        if drawn.blur_sigma is not None:
+            kernels.append(kernel := _half_kernel(_rounded(drawn.blur_sigma)))  # alive until the call has ended
+            address, radius = kernel.ctypes.data, len(kernel) - 1
+        threshold = 256 if drawn.solarize_threshold is None else drawn.solarize_threshold
+        flags = drawn.flip, drawn.gray, threshold, len(drawn.jitter)
+        packed.append(_CROP.pack(*drawn.box, size, at, address, radius, *flags, *kinds, *factors))
+    compiled.crops(pixels.ctypes.data, pixels.strides[0], len(packed), b"".join(packed))
+
+
+def _addresses(array: NDArray[Any]) -> list[int]:
+    """Return where each of an array's items begins in memory."""
+    first, step = array.ctypes.data, array.strides[0]
+    return [first + step * i for i in range(len(array))]
+
+
+def _resize(pixels: NDArray[np.uint8], parameters: CropParameters, size: int) -> MatLike:
+    """Return what lies in the box, resampled by torch and flipped if that was drawn, (size, size, 3); a copy in any case."""
+    top, left, height, width = parameters.box
+    crop = pixels[top : top + height, left : left + width]
+    if (height, width) == (size, size):
+        resized = crop.copy()
+    else:
+        # The batch dimension first: torch then knows the image as channels-last, and gives such a one back.
+        image = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)
+        resized = F.interpolate(image, (size, size), mode="bicubic", antialias=True).numpy()[0].transpose(1, 2, 0)
     return cv2.flip(resized, 1) if parameters.flip else resized
 
 
-def _resize(crop: NDArray[np.uint8], size: int) -> MatLike:
-    """Return a crop resampled by torch, (size, size, 3); a copy in any case."""
-    height, width, _ = crop.shape
-    if (height, width) == (size, size):
-        return crop.copy()
-    # The batch dimension first: torch then knows the image as channels-last, and gives such a one back.
-    image = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)
-    return F.interpolate(image, (size, size), mode="bicubic", antialias=True).numpy()[0].transpose(1, 2, 0)
-
-
-def recolour(crop: MatLike | None, parameters: CropParameters, planes: NDArray[np.uint8]) -> None:
-    """Give a crop, as :func:`resize` returned it, all that ``parameters`` ask for beside their box and flip.
-
-    The result is in ``planes``, (3, size, size). The crop's own memory may be written to as well: fresh memory would
-    take a third of the time again.
-    """
-    if crop is None:
-        compiled = library()
-        assert compiled is not None  # what has resampled
-        _compiled_recolour(compiled, parameters, planes)
-        return
-    found = _recolour(crop, parameters)
-    if found.ndim == 2:
-        planes[...] = found
-    else:
-        cv2.split(found, [*planes])
-
-
-def _compiled_recolour(compiled: Library, drawn: CropParameters, planes: NDArray[np.uint8]) -> None:
-    count, factors = len(drawn.jitter), [_shift(by) if name == "hue" else by for name, by in drawn.jitter]
-    kinds = (ctypes.c_int * count)(*[OPERATIONS.index(name) for name, _ in drawn.jitter])
-    kernel = None if drawn.blur_sigma is None else _half_kernel(_rounded(drawn.blur_sigma))
-    compiled.recolour(
-        *(planes.shape[-1], count, kinds, (ctypes.c_float * count)(*factors)),
-        *(int(drawn.gray), None if kernel is None else kernel.ctypes.data, -1 if kernel is None else len(kernel) - 1),
-        *(256 if drawn.solarize_threshold is None else drawn.solarize_threshold, planes.ctypes.data),
-    )
-
-
 def _recolour(crop: MatLike, parameters: CropParameters) -> MatLike:
-    """Return the crop by OpenCV; (size, size) if it is grey."""
+    """Return the crop by OpenCV; (size, size) if it is grey. Its own memory may be written to as well: fresh memory would
+    take a third of the time again."""
     for operation, factor in parameters.jitter:
         crop = _adjust(crop, operation, factor)
     if parameters.gray:

@@ -21,7 +21,7 @@ import torch
 
 SWITCH = "DINOV2_FSDP_NATIVE"
 
-VARIANTS = {"AVX512": ("_amx", "_avx512_bf16", "_avx512"), "AVX2": ("_avx2",)}
+VARIANTS = {"AVX512": ("_amx", "_avx512_bf16", "_avx512_vnni", "_avx512"), "AVX2": ("_avx2",)}
 """The modules that setup.py builds for what torch says that the processor can, the best first."""
 
 _INT, _INDEX, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -48,8 +48,7 @@ _WITH_AVX512 = {
     "norm_linear_backward": (_INT, *[_POINTER] * 2, *[_INDEX] * 3, *[_POINTER] * 11),
     "scaled_linear": (_INT, _POINTER, *[_INDEX] * 2, *[_POINTER] * 3, _INDEX, *[_POINTER] * 2),
     "scaled_linear_backward": (_INT, *[_POINTER] * 2, *[_INDEX] * 2, *[_POINTER] * 3, _INDEX, *[_POINTER] * 4),
-    "resample": (_POINTER, *[_INDEX] * 4, _INT, _POINTER),
-    "recolour": (_INDEX, _INT, *[_POINTER] * 2, _INT, _POINTER, _INDEX, _INT, _POINTER),
+    "crops": (_POINTER, _INDEX, _INDEX, _POINTER),
     "product_of_rows": (_INT, *[_POINTER] * 2, *[_INDEX] * 3, _POINTER),
     "feed_forward": (
         *(_INT, _POINTER, *[_INDEX] * 3, *[_POINTER] * 2, _FLOAT, *[_POINTER] * 5, _INT),
@@ -84,7 +83,9 @@ class Library:
         self.multiplies_bf16 = bool(self._loaded.dinov2_multiplies_bf16())
         self.has_tiles = bool(self._loaded.dinov2_has_tiles())
         self._arguments = {**_ARGUMENTS, **(_WITH_AVX512 if self.has_branches else {})}
-        for name in self._arguments:
+        self.names = tuple(self._arguments)
+        """The functions there are."""
+        for name in self.names:
             getattr(self, name)
         self._loaded.dinov2_widest_row.restype = _INDEX
         self.widest_row: int = self._loaded.dinov2_widest_row()
@@ -92,11 +93,6 @@ class Library:
     def threads(self) -> int | None:
         """Return what tells the library of its threads from another, see :func:`parallel_library`."""
         return _threads_of(self._loaded)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The functions there are."""
-        return tuple(self._arguments)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         if name.startswith("_") or name not in self._arguments:

@@ -712,6 +712,9 @@ EXPORT int dinov2_has_tiles() {
 
 // Whether this process may use what the code was built for: Linux gives tiles to who asks, and to the threads it starts.
 EXPORT int dinov2_runs_here() {
+#ifdef __AVX512VBMI__
+  if (!__builtin_cpu_supports("avx512vbmi") || !__builtin_cpu_supports("avx512vnni")) return 0;
+#endif
 #ifdef __AMX_BF16__
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;

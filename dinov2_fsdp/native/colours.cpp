@@ -45,12 +45,14 @@ inline void write(const Pixels& p, Index plane, __mmask16 mask, Byte* planes) {
 
 // Each value · factor + that of `by` · (1 - factor). Rounded twice, as Pillow's is: where the result is a whole number,
 // that decides whether it stays one. Said so that a compiler does not put the two together.
+inline __m512 blended(__m512 values, __m512 by, float factor) {
+  const __m512 part = _mm512_mul_round_ps(all(factor), _mm512_sub_ps(values, by),
+                                          _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return limited(_mm512_add_ps(part, by));
+}
+
 inline void blend(Pixels& p, __m512 by, float factor) {
-  for (__m512* values : {&p.red, &p.green, &p.blue}) {
-    const __m512 part = _mm512_mul_round_ps(all(factor), _mm512_sub_ps(*values, by),
-                                            _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    *values = limited(_mm512_add_ps(part, by));
-  }
+  for (__m512* values : {&p.red, &p.green, &p.blue}) *values = blended(*values, by, factor);
 }
 
 // One channel of HSV's way back: `place` is 5, 3, 1 for red, green, blue; hue in sixths of the circle.
@@ -153,50 +155,103 @@ void blur(Byte* plane, Index size, const std::int16_t* kernel, Index radius) {
   }
 }
 
+// ---- What becomes of a value by itself, for all 256 of them.
+
+#ifdef __AVX512VBMI__
+constexpr bool kByTable = true;
+#else
+constexpr bool kByTable = false;  // looking one value up at a time would be slower than working it out
+#endif
+
+inline bool has_table(int kind) { return kByTable && (kind == kBrightness || kind == kContrast); }
+
+class Table {
+ public:
+  Table() {
+    for (int i = 0; i < 256; ++i) values_[i] = static_cast<Byte>(i);
+  }
+  // What blends with the same for every pixel: black, or a mean.
+  void then_blend(float by, float factor) {
+    for (Byte* at = values_; at < values_ + 256; at += 16) {
+      const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(at));
+      const __m512 found = blended(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), all(by), factor);
+      _mm_store_si128(reinterpret_cast<__m128i*>(at), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(found)));
+    }
+  }
+#ifdef __AVX512VBMI__
+  void look_up(Byte* values, Index count) const {
+    const auto* quarter = reinterpret_cast<const __m512i*>(values_);
+    for (Index i = 0; i < count; i += 64) {
+      const __mmask64 mask = count - i >= 64 ? ~0ull : (1ull << (count - i)) - 1;
+      const __m512i at = _mm512_maskz_loadu_epi8(mask, values + i);
+      const __m512i lower = _mm512_permutex2var_epi8(quarter[0], at, quarter[1]);
+      const __m512i upper = _mm512_permutex2var_epi8(quarter[2], at, quarter[3]);
+      _mm512_mask_storeu_epi8(values + i, mask, _mm512_mask_mov_epi8(lower, _mm512_movepi8_mask(at), upper));
+    }
+  }
+#else
+  void look_up(Byte* values, Index count) const {
+    for (Index i = 0; i < count; ++i) values[i] = values_[values[i]];
+  }
+#endif
+
+ private:
+  alignas(64) Byte values_[256];
+};
+
+// The mean of a crop's luma, rounded.
+float mean_luma(const Byte* planes, Index plane) {
+  __m512i sum = _mm512_setzero_si512();
+  for (Index at = 0; at < plane; at += 16) {
+    const __mmask16 mask = first_of(plane - at);
+    const __m512 values = luma(read(planes + at, plane, mask));
+    sum = _mm512_add_epi32(sum, _mm512_maskz_cvttps_epi32(mask, values));
+  }
+  const __m512i low = _mm512_cvtepu32_epi64(_mm512_castsi512_si256(sum));
+  const __m512i high = _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(sum, 1));
+  const auto total = static_cast<double>(_mm512_reduce_add_epi64(_mm512_add_epi64(low, high)));
+  return static_cast<float>(std::floor(total / static_cast<double>(plane) + 0.5));
+}
+
 }  // namespace
 
-// In the place of `planes` (3, size, size). `kinds` of operations in order, each with its factor (hue: what is added, 0 to
-// 255). The middle of the blur's kernel and `radius` weights behind it, times 2^15; no blur
-// for less than 0. Values from `threshold` on are inverted.
-EXPORT void dinov2_recolour(Index size, int operations, const int* kinds, const float* factors, int grey,
-                            const std::int16_t* kernel, Index radius, int threshold, std::uint8_t* planes) {
-  const Index plane = size * size;
-  for (int first = 0; first < operations || (first == operations && grey);) {
-    int last = first + 1;
-    while (last < operations && kinds[last] != kContrast) ++last;
-    last = std::min(last, operations);
-    float mean = 0.0f;
-    if (first < operations && kinds[first] == kContrast) {
-      __m512i sum = _mm512_setzero_si512();
-      for (Index at = 0; at < plane; at += 16) {
-        const __mmask16 mask = first_of(plane - at);
-        const __m512 values = luma(read(planes + at, plane, mask));
-        sum = _mm512_add_epi32(sum, _mm512_maskz_cvttps_epi32(mask, values));
-      }
-      const __m512i low = _mm512_cvtepu32_epi64(_mm512_castsi512_si256(sum));
-      const __m512i high = _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(sum, 1));
-      const auto total = static_cast<double>(_mm512_reduce_add_epi64(_mm512_add_epi64(low, high)));
-      mean = static_cast<float>(std::floor(total / static_cast<double>(plane) + 0.5));
+void recolour(const Crop& crop) {
+  const int *kinds = crop.kinds, operations = crop.operations;
+  const Index plane = crop.size * crop.size;
+  const bool grey = crop.grey != 0;
+  Byte* planes = crop.planes;
+  for (int first = 0, last; first < operations || (first == operations && grey); first = last) {
+    // As many as one pass can do, by a table or by pixels; what begins with contrast first needs its mean.
+    const float mean = first < operations && kinds[first] == kContrast ? mean_luma(planes, plane) : 0.0f;
+    last = std::min(first + 1, operations);
+    if (first < operations && has_table(kinds[first])) {
+      Table table;
+      table.then_blend(mean, crop.factors[first]);
+      for (; last < operations && kinds[last] == kBrightness; ++last) table.then_blend(0.0f, crop.factors[last]);
+      table.look_up(planes, 3 * plane);
+      continue;
     }
+    while (last < operations && kinds[last] != kContrast && !has_table(kinds[last])) ++last;
+    const bool ends = last == operations;
     for (Index at = 0; at < plane; at += 16) {
       const __mmask16 mask = first_of(plane - at);
       Pixels p = read(planes + at, plane, mask);
-      for (int i = first; i < last; ++i) apply(p, kinds[i], factors[i], mean);
-      if (grey && last == operations) p.red = p.green = p.blue = luma(p);
+      for (int i = first; i < last; ++i) apply(p, kinds[i], crop.factors[i], mean);
+      if (grey && ends) p.red = p.green = p.blue = luma(p);
       write(p, plane, mask, planes + at);
     }
-    if (last == operations) break;
-    first = last;
+    if (ends) break;
   }
-  if (radius >= 0) {
-    for (Index channel = 0; channel < (grey ? 1 : 3); ++channel) blur(planes + channel * plane, size, kernel, radius);
+  if (crop.radius >= 0) {
+    for (Index channel = 0; channel < (grey ? 1 : 3); ++channel)
+      blur(planes + channel * plane, crop.size, crop.kernel, crop.radius);
     for (Index channel = 1; grey && channel < 3; ++channel)
       std::memcpy(planes + channel * plane, planes, static_cast<std::size_t>(plane));
   }
-  if (threshold < 256) {
+  if (crop.threshold < 256) {
 #pragma omp simd
     for (Index i = 0; i < 3 * plane; ++i)
-      planes[i] = planes[i] < threshold ? planes[i] : static_cast<Byte>(255 - planes[i]);
+      planes[i] = planes[i] < crop.threshold ? planes[i] : static_cast<Byte>(255 - planes[i]);
   }
 }
 

@@ -6,9 +6,29 @@
 
 #ifdef __AVX512F__
 
-namespace {
-
 using Byte = std::uint8_t;
+
+// What was drawn for a crop, and where it is wanted. As data/fast_augment.py packs it.
+struct Crop {
+  std::int64_t top, left, height, width;  // of its box in the image
+  std::int64_t size;
+  Byte* planes;                // (3, size, size)
+  const std::int16_t* kernel;  // of the blur: the middle and `radius` weights behind it, times 2^15
+  std::int64_t radius;         // less than 0 for none
+  std::int32_t flip, grey;
+  std::int32_t threshold;  // values from this one on are inverted
+  std::int32_t operations;
+  std::int32_t kinds[4];  // of them, in order, each with its factor; hue's is what is added, 0 to 255
+  float factors[4];
+};
+
+// Into the crop's planes: the pixels in its box, of an image with three bytes each and rows `row_bytes` apart.
+void resample(const Byte* pixels, std::int64_t row_bytes, const Crop& crop);
+
+// In their place: operations, grey, blur, inversion.
+void recolour(const Crop& crop);
+
+namespace {
 
 inline __m512 all(float value) { return _mm512_set1_ps(value); }
 inline __m512 whole(__m512 value) { return _mm512_cvtepi32_ps(_mm512_cvttps_epi32(value)); }
