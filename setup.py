@@ -13,6 +13,7 @@ exec((Path(__file__).parent / "dinov2_fsdp" / "__init__.py").read_text(), versio
 # Compiled code for a CPU (dinov2_fsdp/native), once for each instruction set; an installation picks one when it runs.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 _AVX512 = [*_AVX2, *(f"-mavx512{name}" for name in ("f", "bw", "dq", "vl", "cd")), "-mprefer-vector-width=512"]
+# What has bf16 has these too, but for Intel's Cooper Lake, which takes the one before.
 _AVX512_VNNI = [*_AVX512, "-mavx512vbmi", "-mavx512vnni"]
 _AVX512_BF16 = [*_AVX512_VNNI, "-mavx512bf16"]
 _AMX = [*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"]

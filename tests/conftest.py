@@ -86,6 +86,8 @@ def use_variant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def use(name: str) -> None:
         there = {library.variant: library for library in native.all_that_run_here()}
+        built = [path.read_bytes() for path in Path(native.__file__).parent.glob(f"_{name}.*.so")]
+        assert all(native.source() in code for code in built), f"{name} was built from other code: install again"
         if native.parallel_library() is None or name not in there:
             pytest.skip(f"{name} was not compiled, or not for this processor")
         monkeypatch.setattr(native, "_load", lambda: there[name])

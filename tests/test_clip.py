@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from dinov2_fsdp.optim.clip import clip_, gradient_norms
+from dinov2_fsdp import native
+from dinov2_fsdp.optim.clip import clip_, gradient_norms, square_sums
 
 
 def _grads() -> dict[str, list[Tensor]]:
@@ -38,6 +39,27 @@ def test_norms_equal_float64_references() -> None:
 def test_squares_too_small_for_float32_are_counted() -> None:
     norm = gradient_norms({"backbone": [torch.full((4,), 1e-30)]})["backbone"]
     assert norm.item() == pytest.approx(2e-30, rel=1e-6, abs=0.0)
+
+
+@pytest.mark.parametrize("size", [1, 2**16 - 1, 2**16 + 1, 300_001])
+def test_large_gradients_have_one_norm_with_any_number_of_threads(size: int) -> None:
+    """Compiled code sums parts of a gradient up by threads."""
+    grad = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    exact = torch.tensor(math.sqrt(float(grad.double().square().sum())), dtype=torch.float32).item()
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(square_sums([grad], [grad]).item())
+    finally:
+        torch.set_num_threads(before)
+    assert len(set(found)) == 1
+    assert gradient_norms({"backbone": [grad]})["backbone"].item() == exact
+    with native.switched_off():
+        assert square_sums([grad], [grad]).item() == pytest.approx(found[0], rel=1e-12)
+    for bad in (math.nan, math.inf):
+        grad[size // 2] = bad
+        assert not math.isfinite(square_sums([grad], [grad]).item())
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 3.0, 1e4])

@@ -338,6 +338,25 @@ def test_the_image_is_left_as_it_was() -> None:
     assert image.tobytes() == before
 
 
+def test_crops_may_lie_anywhere() -> None:
+    """Spread, upside down, with the channels last; of an image whose rows are."""
+    pixels, drawn = natural(60, 80), [replace(PLAIN, box=(3, 5, 50, 60), flip=True), replace(PLAIN, box=(0, 0, 60, 80))]
+    expected = [fast_augment.apply(pixels, one, 16).transpose(2, 0, 1) for one in drawn]
+    places = {
+        "spread": np.zeros((4, 3, 16, 16), np.uint8)[::2],
+        "upside down": np.zeros((2, 3, 16, 16), np.uint8)[::-1],
+        "channels last": np.zeros((2, 16, 16, 3), np.uint8).transpose(0, 3, 1, 2),
+        "in rows of their own": np.zeros((2, 3, 16, 20), np.uint8)[..., :16],
+    }
+    for name, crops in places.items():
+        fast_augment.make(pixels, drawn, crops[:1], crops[1:])
+        for found, exact in zip(crops, expected, strict=True):
+            assert np.abs(found.astype(int) - exact).max() <= 2, name
+    spread = np.zeros((60, 100, 3), np.uint8)[:, :80]
+    spread[...] = pixels
+    assert np.abs(fast_augment.apply(spread, drawn[0], 16).transpose(2, 0, 1).astype(int) - expected[0]).max() <= 2
+
+
 def test_a_crop_of_the_whole_image_leaves_it_as_it_was() -> None:
     pixels = noise(56, 56)
     everything = replace(

@@ -35,7 +35,7 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     torch.backends.cpu.get_cpu_capability() not in native.VARIANTS, reason="nothing is compiled for this processor"
 )
 def test_an_installation_with_a_compiler_has_compiled_code_on_torchs_own_threads() -> None:
-    assert native.variant() in ("amx", "avx512_bf16", "avx512", "avx2")
+    assert native.variant() in ("amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2")
     assert native.parallel_library() is not None
 
 

@@ -11,6 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from dinov2_fsdp.config import Config
 from dinov2_fsdp.data.batch import Microbatch
+from dinov2_fsdp.ssl import ema as ema_module
 from dinov2_fsdp.ssl.centering import SoftmaxCentering
 from dinov2_fsdp.ssl.ema import PARAMETERS_AT_ONCE, Ema
 from dinov2_fsdp.ssl.losses import dino_loss, entropy, ibot_loss, koleo_loss
@@ -288,8 +289,12 @@ def _pair(count: int = 3) -> tuple[nn.Module, nn.Module]:
     return tuple(nn.ModuleList(nn.Linear(5, 4) for _ in range(count)) for _ in range(2))  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("readable", [True, False], ids=["CPU", "as on a GPU"])
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.992, 0.999999, 1.0])
-def test_the_teacher_is_the_students_moving_average(momentum: float) -> None:
+def test_the_teacher_is_the_students_moving_average(
+    momentum: float, readable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ema_module, "_can_be_read", lambda _: readable)
     student, teacher = _pair(PARAMETERS_AT_ONCE)  # more parameters than one fused update takes
     expected = [t.double() for t in teacher.parameters()]
     ema = Ema(student, teacher)
@@ -307,6 +312,8 @@ def test_the_teacher_is_the_students_moving_average(momentum: float) -> None:
 
 def test_a_skipped_step_leaves_the_teacher() -> None:
     student, teacher = _pair()
+    with torch.no_grad():
+        next(student.parameters()).fill_(torch.inf)
     before = [t.clone() for t in teacher.parameters()]
     Ema(student, teacher).update(0.5, SKIP)
     assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))

@@ -136,11 +136,13 @@ def make(pixels: NDArray[np.uint8], parameters: Sequence[CropParameters], *outpu
         outputs: uint8 (crops, 3, size, size), as many crops altogether, those of one size in each.
     """
     compiled, arrays = library(), [pixels[None], *outputs]
-    # Compiled code knows of one distance between rows, that of whole ones, and of crops that are not spread.
+    # Compiled code knows of whole rows of three bytes a pixel, and of crops that lie together.
     if (
         compiled is not None
         and "crops" in compiled.names
+        and pixels.shape[2:] == (3,)
         and all(array.dtype == np.uint8 and array[:1].flags.c_contiguous for array in arrays)
+        and all(crops.flags.writeable for crops in outputs)
     ):
         _make_by_compiled_code(compiled, pixels, parameters, outputs)
         return
@@ -151,8 +153,10 @@ def make(pixels: NDArray[np.uint8], parameters: Sequence[CropParameters], *outpu
         recoloured = _recolour(picture, drawn)
         if recoloured.ndim == 2:
             crop[...] = recoloured
-        else:
+        elif crop.flags.c_contiguous:
             cv2.split(recoloured, [*crop])
+        else:
+            crop[...] = recoloured.transpose(2, 0, 1)
 
 
 def _make_by_compiled_code(
@@ -181,7 +185,7 @@ def _addresses(array: NDArray[Any]) -> list[int]:
 
 
 def _resize(pixels: NDArray[np.uint8], parameters: CropParameters, size: int) -> MatLike:
-    """Return what lies in the box, resampled by torch and flipped if that was drawn, (size, size, 3); a copy in any case."""
+    """Return what lies in the box, resampled by torch and flipped if drawn so, (size, size, 3); a copy in any case."""
     top, left, height, width = parameters.box
     crop = pixels[top : top + height, left : left + width]
     if (height, width) == (size, size):
@@ -194,8 +198,10 @@ def _resize(pixels: NDArray[np.uint8], parameters: CropParameters, size: int) ->
 
 
 def _recolour(crop: MatLike, parameters: CropParameters) -> MatLike:
-    """Return the crop by OpenCV; (size, size) if it is grey. Its own memory may be written to as well: fresh memory would
-    take a third of the time again."""
+    """Return the crop by OpenCV; (size, size) if it is grey.
+
+    The crop's own memory may be written to as well: fresh memory would take a third of the time again.
+    """
     for operation, factor in parameters.jitter:
         crop = _adjust(crop, operation, factor)
     if parameters.gray:

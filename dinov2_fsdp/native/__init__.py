@@ -38,6 +38,7 @@ _ARGUMENTS = {
     "split_heads": (_INT, _POINTER, *[_INDEX] * 5, _FLOAT, _POINTER),
     "join_heads": (_INT, _POINTER, *[_INDEX] * 5, _FLOAT, _INT, _POINTER),
     "transpose": (_INT, _POINTER, *[_INDEX] * 3, _POINTER),
+    "square_sum": (_POINTER, _INDEX, _POINTER),
     "adamw": (*[_POINTER] * 4, _INDEX, *[_FLOAT] * 8),
 }
 

@@ -36,11 +36,22 @@ class Ema:
     def update(self, momentum: float, skip: Tensor) -> None:
         """Move the teacher; a non-zero ``skip`` (0-d, on the device) leaves it as it is, without a host sync."""
         weight = torch.where(skip != 0, 0.0, 1.0 - momentum)
+        if _can_be_read(weight) and not weight:
+            return
         for start in range(0, len(self.teacher), PARAMETERS_AT_ONCE):
             teacher = _shards(self.teacher[start : start + PARAMETERS_AT_ONCE])
-            change = torch._foreach_sub(_shards(self.student[start : start + PARAMETERS_AT_ONCE]), teacher)
+            student = _shards(self.student[start : start + PARAMETERS_AT_ONCE])
+            if _can_be_read(weight):  # one pass over memory instead of three
+                torch._foreach_lerp_(teacher, student, float(weight))
+                continue
+            change = torch._foreach_sub(student, teacher)
             torch._foreach_mul_(change, weight)
             torch._foreach_add_(teacher, change)
+
+
+def _can_be_read(number: Tensor) -> bool:
+    """Return whether a host has it without waiting."""
+    return number.device.type == "cpu"
 
 
 def _shards(parameters: list[Tensor]) -> list[Tensor]:
