@@ -375,7 +375,7 @@ def test_weights_of_a_blur_that_are_left_out_move_no_value_by_more_than_a_level(
         found = fast_augment.apply(edge, replace(PLAIN, blur_sigma=sigma), 96)
         with monkeypatch.context() as patch:
             patch.setattr(fast_augment, "NEGLIGIBLE", 0.0)
-            for kernel in ("_blur_kernel", "_half_kernel"):
+            for kernel in ("_blur_kernel", "_kernel_in_memory"):
                 patch.setattr(fast_augment, kernel, getattr(fast_augment, kernel).__wrapped__)
             whole = fast_augment.apply(edge, replace(PLAIN, blur_sigma=sigma), 96)
         assert np.abs(found.astype(int) - whole).max() <= 1

@@ -7,6 +7,7 @@ very same draws and can be compared with this one.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -236,7 +237,7 @@ def _between(low: float, high: float, u: float) -> float:
 
 def _draw_box(spec: CropSpec, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
     least, greatest = spec.ratio
-    log_least, log_greatest = math.log(least), math.log(greatest)
+    log_least, log_greatest = _logarithms(spec.ratio)
     for _ in range(CROP_TRIES):
         u_area, u_ratio, u_top, u_left = rng.random(4).tolist()
         area = width * height * _between(*spec.scale, u_area)
@@ -251,6 +252,11 @@ def _draw_box(spec: CropSpec, width: int, height: int, rng: np.random.Generator)
     elif width / height > greatest:
         w = round(height * greatest)
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+@functools.cache
+def _logarithms(bounds: tuple[float, float]) -> tuple[float, float]:
+    return math.log(bounds[0]), math.log(bounds[1])
 
 
 def _adjust(image: Image.Image, operation: str, factor: float) -> Image.Image:

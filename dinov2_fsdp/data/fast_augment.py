@@ -45,8 +45,8 @@ SIGMA_STEPS = 256
 NEGLIGIBLE = 1 / 2048
 """Outer weights of a blur below this are left out; each would move a value by an eighth of a level at most."""
 
-OPERATIONS = ("brightness", "contrast", "saturation", "hue")
-"""As compiled code numbers them."""
+_NUMBERS = {"brightness": 0, "contrast": 1, "saturation": 2, "hue": 3}
+"""Of the operations, in compiled code."""
 
 _MOST_OPERATIONS = 4
 
@@ -165,15 +165,15 @@ def _make_by_compiled_code(
     places = [(at, crops.shape[-1]) for crops in outputs for at in _addresses(crops)]
     packed, kernels = [], []
     for (at, size), drawn in zip(places, parameters, strict=True):
-        missing = _MOST_OPERATIONS - len(drawn.jitter)
-        kinds = [*(OPERATIONS.index(name) for name, _ in drawn.jitter), *[0] * missing]
-        factors = [*(_shift(by) if name == "hue" else by for name, by in drawn.jitter), *[0] * missing]
+        kinds, factors = [0] * _MOST_OPERATIONS, [0.0] * _MOST_OPERATIONS
+        for place, (name, by) in enumerate(drawn.jitter):
+            kinds[place], factors[place] = _NUMBERS[name], _shift(by) if name == "hue" else by
         address, radius = 0, -1
         if drawn.blur_sigma is not None:
-            kernels.append(kernel := _half_kernel(_rounded(drawn.blur_sigma)))  # alive until the call has ended
-            address, radius = kernel.ctypes.data, len(kernel) - 1
+            kernel, address, radius = _kernel_in_memory(_rounded(drawn.blur_sigma))
+            kernels.append(kernel)  # alive until the call has ended
         threshold = 256 if drawn.solarize_threshold is None else drawn.solarize_threshold
-        flags = drawn.flip, drawn.gray, threshold, len(drawn.jitter)
+        flags = (drawn.flip, drawn.gray, threshold, len(drawn.jitter))
         packed.append(_CROP.pack(*drawn.box, size, at, address, radius, *flags, *kinds, *factors))
     compiled.crops(pixels.ctypes.data, pixels.strides[0], len(packed), b"".join(packed))
 
@@ -254,6 +254,12 @@ def _rounded(sigma: float) -> float:
 
 
 @functools.lru_cache(maxsize=1024)
+def _kernel_in_memory(sigma: float) -> tuple[NDArray[np.int16], int, int]:
+    """Return :func:`_half_kernel`, where that lies, and its radius."""
+    kernel = _half_kernel(sigma)
+    return kernel, kernel.ctypes.data, len(kernel) - 1
+
+
 def _half_kernel(sigma: float) -> NDArray[np.int16]:
     """Return the middle and one side of :func:`_blur_kernel` times 2¹⁵; what rounding adds goes to the middle."""
     kernel = _blur_kernel(sigma)
