@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ from tiny import tiny_backbone, tiny_images
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dinov2_fsdp import native
+from dinov2_fsdp.models.fused import add_to_rows, take_rows
 from dinov2_fsdp.models.layout import Layout
 from dinov2_fsdp.models.stochastic_depth import DepthPlan, add_residual, draw_plan, kept_sequences
 
@@ -156,3 +160,52 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
 
     tokens = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(run, (tokens, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [1, 33, 384])
+def test_large_branches_are_added_as_row_by_row(dtype: torch.dtype, dim: int) -> None:
+    """Enough rows for compiled code, which rounds once; without it, too."""
+    layout = Layout(((40, 130), (9, 7)))
+    plan = draw_plan(layout, 1, 0.4, np.random.default_rng(0))
+    assert plan is not None
+    torch.manual_seed(0)
+    given, upstream = torch.randn(layout.total_tokens, dim), torch.randn(layout.total_tokens, dim)
+    weight = torch.randn(dim)
+    found = []
+    for switch in (nullcontext, native.switched_off):
+        with switch():
+            tokens = given.to(dtype, copy=True).requires_grad_()
+            out = add_residual(tokens, layout, lambda x, *_: x * weight.to(dtype), plan.subset(0))
+            out.backward(upstream.to(dtype))
+            assert tokens.grad is not None
+            found.append((out.detach(), tokens.grad))
+    scale = torch.zeros(layout.total_tokens, 1).index_copy(0, plan.rows[0], plan.scale.to(dtype).float())
+    factor = 1 + scale * weight.to(dtype).float()
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 4e-2}
+    for out, grad in found:
+        torch.testing.assert_close(out.float(), given.to(dtype).float() * factor, **tolerance)
+        torch.testing.assert_close(grad.float(), upstream.to(dtype).float() * factor, **tolerance)
+        dropped = (scale == 0).flatten()
+        assert torch.equal(out[dropped], given.to(dtype)[dropped])
+        assert torch.equal(grad[dropped], upstream.to(dtype)[dropped])
+
+
+def test_rows_that_are_not_there_are_refused_and_no_memory_is_read() -> None:
+    tokens = torch.randn(100, 384)
+    for row in (-1, 100):
+        rows = torch.tensor([0, row])
+        with pytest.raises(IndexError):
+            take_rows(tokens, rows)
+        with pytest.raises((IndexError, RuntimeError)):
+            add_to_rows(tokens, rows, torch.ones(2, 384))
+
+
+def test_a_gradient_that_somebody_else_holds_is_left_as_it_was() -> None:
+    layout = Layout(((64, 20),))
+    plan = draw_plan(layout, 1, 0.5, np.random.default_rng(0))
+    assert plan is not None
+    tokens, upstream = torch.randn(1280, 64, requires_grad=True), torch.randn(1280, 64)
+    before = upstream.clone()
+    add_residual(tokens, layout, lambda x, *_: 2 * x, plan.subset(0)).backward(upstream)
+    assert torch.equal(upstream, before)

@@ -313,6 +313,43 @@ def laid_out(matrices: Tensor) -> Tensor:
     return transposed(matrices.mT) if matrices.mT.is_contiguous() else matrices.contiguous()
 
 
+def take_rows(tensor: Tensor, rows: Tensor, factors: Tensor | None = None) -> Tensor:
+    """Return the rows ``rows`` (int64) of a matrix, times ``factors`` ``(len(rows), 1)`` of its type if given."""
+    library = _library(tensor, dim=2)
+    if library is None or not _are_rows(rows, tensor):
+        taken = tensor.index_select(0, rows)
+        return taken if factors is None else taken.mul_(factors)
+    out, by = tensor.new_empty(len(rows), tensor.shape[1]), _factors(factors)
+    arguments = (tensor.data_ptr(), tensor.shape[1], rows.data_ptr(), len(rows), None if by is None else by.data_ptr())
+    library.take_rows(_half(tensor), *arguments, out.data_ptr())
+    return out
+
+
+def add_to_rows(base: Tensor, rows: Tensor, added: Tensor, factors: Tensor | None = None) -> Tensor:
+    """Return ``base`` ``(n, dim)`` with ``added · factors`` added to its rows ``rows``, which are distinct."""
+    library = _library(base, added, dim=2)
+    if library is None or not _are_rows(rows, base) or added.shape != (len(rows), base.shape[1]):
+        kept = base.index_select(0, rows)
+        # Copying the sums in place of adding at an index gives the same values without atomics.
+        return base.index_copy(0, rows, kept + added if factors is None else torch.addcmul(kept, added, factors))
+    out, by = torch.empty_like(base), _factors(factors)
+    arguments = (base.data_ptr(), *base.shape, rows.data_ptr(), len(rows), added.data_ptr())
+    library.add_to_rows(_half(base), *arguments, None if by is None else by.data_ptr(), out.data_ptr())
+    return out
+
+
+def _are_rows(rows: Tensor, matrix: Tensor) -> bool:
+    """Return whether compiled code can follow these indices; torch says what is wrong with others."""
+    if not (_plain(rows) and rows.dtype == torch.int64 and rows.is_contiguous() and len(rows)):
+        return False
+    least, greatest = rows.aminmax()
+    return int(least) >= 0 and int(greatest) < len(matrix)
+
+
+def _factors(factors: Tensor | None) -> Tensor | None:
+    return None if factors is None else factors.float().contiguous()
+
+
 def compiled(*tensors: Tensor) -> bool:
     """Return whether compiled code takes tensors like these."""
     return _library(*tensors) is not None

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinov2_fsdp.models.fused import add_to_rows, take_rows
 from dinov2_fsdp.models.layout import Layout
 
 
@@ -80,9 +81,12 @@ def add_residual(
     """
     if subset is None:
         return branch(tokens, layout, True)
-    kept = tokens.index_select(0, subset.rows)
+    if torch.compiler.is_compiling():  # which does not follow the way of the gradient below
+        kept = tokens.index_select(0, subset.rows)
+    else:
+        kept, tokens = _TakeRows.apply(tokens, subset.rows)
     residual = branch(kept, subset.layout, False)
-    out: Tensor = _AddToRows.apply(tokens, kept.detach(), residual, subset.rows, subset.scale.to(residual.dtype))
+    out: Tensor = _AddToRows.apply(tokens, residual, subset.rows, subset.scale.to(residual.dtype))
     return out
 
 
@@ -106,16 +110,32 @@ def add_residual_to(
     return torch.addcmul(chosen, residual, scale.index_select(0, rows))
 
 
-class _AddToRows(torch.autograd.Function):
-    """``tokens`` with ``residual · scale`` added to the rows ``kept``; autograd's own ways would keep the sums."""
+class _TakeRows(torch.autograd.Function):
+    """A matrix's rows, and the matrix itself for what goes past them: their gradients meet in one pass over memory.
+
+    Autograd's own way fills a matrix with zeros, adds the rows' gradients to that and the sum to the other gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, kept: Tensor, residual: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows)
+        return take_rows(tokens, rows), tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, of_rows: Tensor, of_all: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return add_to_rows(of_all, rows, of_rows), None
+
+
+class _AddToRows(torch.autograd.Function):
+    """``tokens`` with ``residual · scale`` added to their ``rows``; autograd's own ways would keep the sums."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, residual: Tensor, rows: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(rows, scale)
-        # Rows are distinct, so copying the sums in place of adding at an index gives the same values without atomics.
-        return tokens.index_copy(0, rows, torch.addcmul(kept, residual, scale))
+        return add_to_rows(tokens, rows, residual, scale)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, scale = ctx.saved_tensors
-        return grad, None, grad.index_select(0, rows).mul_(scale), None, None
+        return grad, take_rows(grad, rows, scale), None, None

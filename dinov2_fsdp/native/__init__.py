@@ -37,6 +37,8 @@ _ARGUMENTS = {
     "softmax_backward": (_POINTER, _POINTER, _INDEX, _INDEX),
     "split_heads": (_INT, _POINTER, *[_INDEX] * 5, _FLOAT, _POINTER),
     "join_heads": (_INT, _POINTER, *[_INDEX] * 5, _FLOAT, _INT, _POINTER),
+    "take_rows": (_INT, _POINTER, _INDEX, _POINTER, _INDEX, _POINTER, _POINTER),
+    "add_to_rows": (_INT, _POINTER, *[_INDEX] * 2, _POINTER, _INDEX, *[_POINTER] * 3),
     "transpose": (_INT, _POINTER, *[_INDEX] * 3, _POINTER),
     "square_sum": (_POINTER, _INDEX, _POINTER),
     "adamw": (*[_POINTER] * 4, _INDEX, *[_FLOAT] * 8),

@@ -260,6 +260,39 @@ void join_heads(const T* by_head, Index sequences, Index length, Index heads, In
   }
 }
 
+template <typename T>
+void take_rows(const T* in, Index dim, const Index* rows, Index count, const float* factors, T* out) {
+#pragma omp parallel for schedule(static)
+  for (Index k = 0; k < count; ++k) {
+    const T* __restrict from = in + rows[k] * dim;
+    T* __restrict to = out + k * dim;
+    if (!factors) {
+      std::memcpy(to, from, static_cast<std::size_t>(dim) * sizeof(T));
+      continue;
+    }
+    for (Index i = 0; i < dim; ++i) to[i] = narrow<T>(widen(from[i]) * factors[k]);
+  }
+}
+
+template <typename T>
+void add_to_rows(const T* base, Index all, Index dim, const Index* rows, Index count, const T* added,
+                 const float* factors, T* out) {
+#pragma omp parallel
+  {
+#pragma omp for schedule(static)
+    for (Index row = 0; row < all; ++row)
+      std::memcpy(out + row * dim, base + row * dim, static_cast<std::size_t>(dim) * sizeof(T));
+#pragma omp for schedule(static)
+    for (Index k = 0; k < count; ++k) {
+      const T* __restrict from = base + rows[k] * dim;
+      const T* __restrict by = added + k * dim;
+      T* __restrict to = out + rows[k] * dim;
+      const float factor = factors ? factors[k] : 1.0f;
+      for (Index i = 0; i < dim; ++i) to[i] = narrow<T>(widen(from[i]) + widen(by[i]) * factor);
+    }
+  }
+}
+
 }  // namespace
 
 // Of which code this was built.
@@ -304,6 +337,18 @@ EXPORT void dinov2_softmax(int half, const void* in, void* out, Index rows, Inde
 
 EXPORT void dinov2_softmax_backward(float* gradient, const float* weights, Index rows, Index columns) {
   softmax_backward(gradient, weights, rows, columns);
+}
+
+// out = the rows of `in` that are asked for, times their own factors if there are these
+EXPORT void dinov2_take_rows(int half, const void* in, Index dim, const Index* rows, Index count, const float* factors,
+                             void* out) {
+  CALL(take_rows, IN(in), dim, rows, count, factors, OUT(out))
+}
+
+// out = `base`, (all, dim), with something added to each of these rows, which are distinct
+EXPORT void dinov2_add_to_rows(int half, const void* base, Index all, Index dim, const Index* rows, Index count,
+                               const void* added, const float* factors, void* out) {
+  CALL(add_to_rows, IN(base), all, dim, rows, count, IN(added), factors, OUT(out))
 }
 
 EXPORT void dinov2_split_heads(int half, const void* packed, Index sequences, Index length, Index parts, Index heads,
