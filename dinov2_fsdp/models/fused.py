@@ -342,8 +342,8 @@ def _are_rows(rows: Tensor, matrix: Tensor) -> bool:
     """Return whether compiled code can follow these indices; torch says what is wrong with others."""
     if not (_plain(rows) and rows.dtype == torch.int64 and rows.is_contiguous() and len(rows)):
         return False
-    least, greatest = rows.aminmax()
-    return int(least) >= 0 and int(greatest) < len(matrix)
+    indices = rows.numpy()  # to read a number by torch counts as waiting for a device
+    return bool(indices.min() >= 0 and indices.max() < len(matrix))
 
 
 def _factors(factors: Tensor | None) -> Tensor | None:
