@@ -50,8 +50,8 @@ class Ema:
 
 
 def _can_be_read(number: Tensor) -> bool:
-    """Return whether a host has it without waiting."""
-    return number.device.type == "cpu"
+    """Return whether a host has it without waiting; a tensor without memory, as in a trace, has no number."""
+    return type(number) is Tensor and number.device.type == "cpu"
 
 
 def _shards(parameters: list[Tensor]) -> list[Tensor]:
