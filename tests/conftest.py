@@ -82,7 +82,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def use_variant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Use a compiled variant by its name, which need not be the best of those that run here; skip where none does."""
+    """Use a compiled variant by its name, which need not be the best of those here: skip without it, fail if stale."""
 
     def use(name: str) -> None:
         there = {library.variant: library for library in native.all_that_run_here()}

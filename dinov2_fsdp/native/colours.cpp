@@ -1,5 +1,6 @@
-// Colours, blur and solarisation of one crop: one pass over memory for all of them but what needs a whole crop before it
-// can go on, contrast's mean and the blur.
+// Colours, blur and solarisation of one crop. Operations in a row go through memory once; what becomes of a value by
+// itself (brightness, contrast once the mean is known) is looked up where a table fits into registers, in a pass of its
+// own; contrast's mean and the blur need the whole crop before they can go on.
 //
 // Between two operations values are whole numbers in single precision, as Pillow cuts fractions off after each.
 
