@@ -71,10 +71,12 @@ def _moments(config: Config, processes: int, kind: str) -> list[Footprint]:
     whole = count_parameters(config).total * sums if microbatches > 1 else 0
     # One unit's whole gradients wait to be reduced while those of the next are computed.
     reduced = {name: 0 if whole else units[name] * sums for name in units}
-    kept = 0 if config.parallel.reshard_after_forward else sum(gathered[name] for name in heads)
-    kept += depth * gathered["block"] if kept else 0
-    # The block at work and those that are gathered ahead of it.
-    ahead = min(config.parallel.blocks_per_unit * (1 + max(1, config.parallel.prefetch)), depth)
+    freed = config.parallel.reshard_after_forward
+    kept_blocks = 0 if freed else depth * gathered["block"]
+    kept = kept_blocks + (0 if freed else sum(gathered[name] for name in heads))
+    # The block at work and those that are gathered ahead of it; a rank that has all weights copies each as it comes.
+    prefetch = max(1, config.parallel.prefetch) if shards > 1 else 0
+    ahead = min(config.parallel.blocks_per_unit * (1 + prefetch), depth)
     crops = sum(count * 3 * side**2 for count, side in _crops(config))
     targets, size = _targets_bytes(config, microbatches), _size(config, "dino")
     usual = Footprint(
@@ -86,45 +88,52 @@ def _moments(config: Config, processes: int, kind: str) -> list[Footprint]:
         working=0,
     )
     logits = float(logits_bytes(config) - _targets_bytes(config, 1) + targets)
-    at_a_time = LOGITS_AT_A_TIME[kind] * 4
+    losses = _losses(config)
+    few = [4 * min(LOGITS_AT_A_TIME[kind], loss.largest * loss.head.prototypes) for loss in losses]
     last = gathered["ibot" if "ibot" in heads else "dino"]
     moments = [
         Footprint(states, 0, 0, 0, _sinkhorn_bytes(config, microbatches), 0),
-        # FSDP keeps what it gathered last twice, until it gathers the next. Crops are in float32 and, next to that, in
-        # the precision of the step.
+        # FSDP keeps what it gathered last twice, until it gathers the next; what one rank has alone it copies once.
+        # Crops are in float32 and, next to that, in the precision of the step.
         replace(
             usual,
             activations=usual.activations + (4 + (size if size < 4 else 0)) * crops,
-            gathered=usual.gathered + (1 if kept else 2) * last,
+            gathered=usual.gathered + (not kept) * last + (shards > 1) * last,
             logits=int(logits),
+        ),
+        # Losses look at a few logits at a time over their temperature, in float32; what was gathered is there once.
+        replace(
+            usual,
+            activations=usual.activations + 4 * crops,
+            logits=int(logits + (2 if size < 4 else 1) * max(few)),
         ),
     ]
     of_logits = 0.0
-    for loss in reversed(_losses(config)):
+    for loss, at_a_time in zip(reversed(losses), reversed(few), strict=True):
         # The gradients of the losses before wait, as they are joined where both share a head.
         of_logits += loss.rows * size * loss.head.prototypes
-        few = min(at_a_time, 4 * loss.largest * loss.head.prototypes)
-        moments.append(replace(usual, logits=int(logits), working=int(of_logits + 2 * few)))
+        moments.append(replace(usual, logits=int(logits), working=int(of_logits + 2 * at_a_time)))
         if "ibot" in heads:
             logits -= loss.rows * size * loss.head.prototypes
-    waiting = int(sum(_hidden_bytes(loss, size) for loss in _losses(config)))
+    waiting = int(sum(_hidden_bytes(loss, size) for loss in losses))
     for name, head in heads.items():
         # Three float32 copies of the prototypes, beside those of the forward pass. iBOT's turn comes before DINO's.
         following, before = ("block", "ibot") if name == "dino" else ("dino", "")
         moments.append(
             replace(
                 usual,
-                gathered=usual.gathered + (0 if kept else gathered[name] + gathered[following]),
+                gathered=usual.gathered + (0 if kept else gathered[name] + (prefetch > 0) * gathered[following]),
                 logits=targets + waiting + (4 * head.prototypes * head.bottleneck if size < 4 else 0),
                 working=3 * 4 * head.prototypes * head.bottleneck + reduced.get(before, 0),
             )
         )
         waiting += _prototype_bytes(head, size)
     shares_of = [units[name] * BYTES_PER_WEIGHT["gradients"] // shards for name in (*heads, "block")]
+    # The heads' backward passes are over, and their weights freed.
     at_blocks = replace(
         usual,
         gradients=whole or sum(shares_of[:-1]),
-        gathered=usual.gathered + (0 if kept else ahead * gathered["block"]),
+        gathered=gathered["root"] + (kept_blocks or ahead * gathered["block"]),
     )
     working = _last_attention_backward_bytes(config, kind) + max(reduced[name] for name in heads)
     moments.append(replace(at_blocks, working=working))
@@ -132,8 +141,16 @@ def _moments(config: Config, processes: int, kind: str) -> list[Footprint]:
         activations = at_blocks.activations - _kept_by_last_block(config, kind)
         working = _feed_forward_backward_bytes(config, kind) + reduced["block"]
         gradients = whole or sum(shares_of)
-        moments.append(replace(at_blocks, gradients=gradients, activations=activations, working=working))
-    moments.append(replace(usual, gradients=max(whole, shares["gradients"]), activations=0))
+        moments.append(
+            replace(
+                at_blocks,
+                gradients=gradients,
+                gathered=at_blocks.gathered - (gathered["block"] if kept_blocks else 0),
+                activations=activations,
+                working=working,
+            )
+        )
+    moments.append(replace(usual, gradients=max(whole, shares["gradients"]), gathered=gathered["root"], activations=0))
     return moments
 
 

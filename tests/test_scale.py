@@ -29,6 +29,7 @@ SMALL = [
     "ibot_head.hidden=128", "ibot_head.bottleneck=32", "ibot_head.prototypes=4096", "parallel.device=cpu",
     "train.batch=32", "train.microbatch=16", "train.precision=fp32",
 ]  # fmt: skip
+KEPT = "parallel.reshard_after_forward=false"
 FEW = ["train.batch=16", "train.microbatch=4", "dino_head.prototypes=256", "ibot_head.prototypes=256"]
 """So few rows and prototypes that weights show."""
 TOLERANCE = 0.05
@@ -81,10 +82,25 @@ def assert_the_plan_is_right(found: dict[str, Any]) -> None:
                     ],
                 ),
                 (5, []),
+                (2, [KEPT]),
+                (4, [KEPT, "train.precision=bf16", "model.dim=192", "dino_head.hidden=1024", "model.drop_path=0.4"]),
+                (4, [KEPT, "train.batch=128", "ibot_head.separate=true", "parallel.blocks_per_unit=2"]),
+                (2, [KEPT, "parallel.activation_checkpointing=full", "model.dim=192"]),
             )
         ),
     ],
-    ids=["plain", "several microbatches", "swiglu", "checkpointed, replicated", "hardly any rows", "padded embeddings"],
+    ids=[
+        "plain",
+        "several microbatches",
+        "swiglu",
+        "checkpointed, replicated",
+        "hardly any rows",
+        "padded embeddings",
+        "kept weights",
+        "kept weights, large heads",
+        "kept weights, several microbatches",
+        "kept weights, checkpointed",
+    ],
 )
 def test_the_plan_is_what_a_traced_step_holds_and_receives(ranks: int, overrides: list[str]) -> None:
     batch = [] if any(change.startswith("train.batch") for change in overrides) else [f"train.batch={16 * ranks}"]
