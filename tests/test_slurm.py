@@ -40,7 +40,7 @@ def test_the_mission_s_command_prints_its_script_environment_and_plan(
     monkeypatch.setenv("PATH", "/nowhere")  # not even the cluster's commands
     result = command("--nodes", "16", "--config", str(ROOT / "configs" / "vitg14.yaml"), "--dry-run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    printed = result.stdout.replace(str(tmp_path), "$PWD").replace(sys.executable, "$PYTHON")
+    printed = result.stdout.replace(str(tmp_path), "$PWD").replace(os.path.abspath(sys.executable), "$PYTHON")
     assert printed == GOLDEN.read_text()
     assert not list(tmp_path.glob("runs"))
 

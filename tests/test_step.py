@@ -294,7 +294,7 @@ def _pair(count: int = 3) -> tuple[nn.Module, nn.Module]:
 def test_the_teacher_is_the_students_moving_average(
     momentum: float, readable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ema_module, "_can_be_read", lambda _: readable)
+    monkeypatch.setattr(ema_module, "has_memory", lambda _: readable)
     student, teacher = _pair(PARAMETERS_AT_ONCE)  # more parameters than one fused update takes
     expected = [t.double() for t in teacher.parameters()]
     ema = Ema(student, teacher)

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dinov2_fsdp.native import Library, parallel_library
+from dinov2_fsdp.native import Library, has_memory, parallel_library
 
 _LEAST = 4096
 """Fewer values than that are not worth the way around torch."""
@@ -278,7 +278,7 @@ def join_heads(found: Tensor, sequences: int, target: Tensor, factor: float | No
     # As it lies in memory.
     turned = not found.is_contiguous() and found.transpose(1, 2).is_contiguous()
     lies = found.transpose(1, 2) if turned else found
-    joined = target.stride()[1:] == (dim, 1) and target.dtype == found.dtype and _plain(target)
+    joined = target.stride()[1:] == (dim, 1) and target.dtype == found.dtype and has_memory(target)
     library = _library(lies, dim=3) if joined and (factor is None or not turned) else None
     if library is None:
         scaled = found if factor is None else found.mul_(factor)
@@ -340,7 +340,7 @@ def add_to_rows(base: Tensor, rows: Tensor, added: Tensor, factors: Tensor | Non
 
 def _are_rows(rows: Tensor, matrix: Tensor) -> bool:
     """Return whether compiled code can follow these indices; torch says what is wrong with others."""
-    if not (_plain(rows) and rows.dtype == torch.int64 and rows.is_contiguous() and len(rows)):
+    if not (has_memory(rows) and rows.dtype == torch.int64 and rows.is_contiguous() and len(rows)):
         return False
     indices = rows.numpy()  # to read a number by torch counts as waiting for a device
     return bool(indices.min() >= 0 and indices.max() < len(matrix))
@@ -365,18 +365,13 @@ def _library(*tensors: Tensor, dim: int | None = None) -> Library | None:
         return None
     if first.device.type != "cpu" or first.numel() < _LEAST or dim not in (None, first.dim()):
         return None
-    same = all(_plain(tensor) and tensor.dtype == first.dtype and tensor.is_contiguous() for tensor in tensors)
+    same = all(has_memory(tensor) and tensor.dtype == first.dtype and tensor.is_contiguous() for tensor in tensors)
     return parallel_library() if same and first.dtype in (torch.float32, torch.bfloat16) else None
 
 
 def fp32(*shape: int) -> Tensor:
     """Return memory that compiled code writes fp32 to, whatever torch's default type and device are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
-
-
-def _plain(tensor: Tensor) -> bool:
-    """Return whether a tensor has memory of its own: no subclass, of which only torch knows what it stands for."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
 
 
 def _half(tensor: Tensor) -> int:

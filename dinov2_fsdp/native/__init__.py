@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from torch import Tensor, nn
 
 SWITCH = "DINOV2_FSDP_NATIVE"
 
@@ -129,6 +130,19 @@ def variant() -> str:
     """Return the name of what is used, ``none`` without."""
     found = parallel_library()
     return found.variant if found else "none"
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Return whether a tensor has memory of its own on a CPU, which can be read at once.
+
+    A subclass has not, be it one of a trace: only torch knows what it stands for.
+    """
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"
+
+
+def is_row_of_fp32(tensor: Tensor) -> bool:
+    """Return whether compiled code that takes one float32 value after the other can take a tensor."""
+    return has_memory(tensor) and tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
 @contextmanager

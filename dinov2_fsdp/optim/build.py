@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinov2_fsdp.errors import UserError, nearest
-from dinov2_fsdp.native import Library, parallel_library
+from dinov2_fsdp.native import Library, is_row_of_fp32, parallel_library
 from dinov2_fsdp.optim.clip import local_shard
 from dinov2_fsdp.optim.lars import LARS
 
@@ -49,15 +49,11 @@ class CpuAdamW(torch.optim.AdamW):
             self.grad_scale, self.found_inf = grad_scale, found_inf
 
     def _fits(self, parameter: Tensor, grad_shard: Tensor) -> bool:
-        """Return whether compiled code takes these: it reads memory, one value after the other."""
+        """Return whether compiled code takes these."""
         state = self.state.get(parameter, {})
         moments = [local_shard(state[name]) for name in ("exp_avg", "exp_avg_sq") if name in state]
         return all(
-            type(tensor) in (Tensor, nn.Parameter)
-            and tensor.device.type == "cpu"
-            and tensor.dtype == torch.float32
-            and tensor.is_contiguous()
-            and tensor.shape == grad_shard.shape
+            is_row_of_fp32(tensor) and tensor.shape == grad_shard.shape
             for tensor in (grad_shard, local_shard(parameter), *moments)
         )
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from dinov2_fsdp.native import parallel_library
+from dinov2_fsdp.native import is_row_of_fp32, parallel_library
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def square_sums(shards: Sequence[Tensor], layouts: Sequence[Tensor]) -> Tensor:
 def _local_square_sums(shards: Sequence[Tensor]) -> list[Tensor]:
     """Return one float64 scalar for each shard; a small parameter may have no row on this rank."""
     library = parallel_library()
-    if library is not None and all(_is_plain(shard) for shard in shards):
+    if library is not None and all(map(is_row_of_fp32, shards)):
         sums = torch.zeros(len(shards), dtype=torch.float64)
         for index, shard in enumerate(shards):
             library.square_sum(shard.data_ptr(), shard.numel(), sums.data_ptr() + index * sums.itemsize)
@@ -59,12 +59,6 @@ def _local_square_sums(shards: Sequence[Tensor]) -> list[Tensor]:
     filled = [shard.detach() for shard in shards if shard.numel() > 0]
     norms = iter(torch._foreach_norm(filled, 2, dtype=torch.float64) if filled else ())
     return [next(norms).square() if shard.numel() > 0 else shard.new_zeros((), dtype=torch.float64) for shard in shards]
-
-
-def _is_plain(shard: Tensor) -> bool:
-    """Return whether compiled code takes it: it reads memory, one value after the other."""
-    known = type(shard) in (Tensor, nn.Parameter) and shard.device.type == "cpu"
-    return known and shard.dtype == torch.float32 and shard.is_contiguous()
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dinov2_fsdp.native import has_memory
 from dinov2_fsdp.optim.clip import local_shard
 from dinov2_fsdp.optim.groups import clean_name
 
@@ -36,22 +37,17 @@ class Ema:
     def update(self, momentum: float, skip: Tensor) -> None:
         """Move the teacher; a non-zero ``skip`` (0-d, on the device) leaves it as it is, without a host sync."""
         weight = torch.where(skip != 0, 0.0, 1.0 - momentum)
-        if _can_be_read(weight) and not weight:
+        if has_memory(weight) and not weight:
             return
         for start in range(0, len(self.teacher), PARAMETERS_AT_ONCE):
             teacher = _shards(self.teacher[start : start + PARAMETERS_AT_ONCE])
             student = _shards(self.student[start : start + PARAMETERS_AT_ONCE])
-            if _can_be_read(weight):  # one pass over memory instead of three
+            if has_memory(weight):  # one pass over memory instead of three
                 torch._foreach_lerp_(teacher, student, float(weight))
                 continue
             change = torch._foreach_sub(student, teacher)
             torch._foreach_mul_(change, weight)
             torch._foreach_add_(teacher, change)
-
-
-def _can_be_read(number: Tensor) -> bool:
-    """Return whether a host has it without waiting; a tensor without memory, as in a trace, has no number."""
-    return type(number) is Tensor and number.device.type == "cpu"
 
 
 def _shards(parameters: list[Tensor]) -> list[Tensor]:
