@@ -37,7 +37,7 @@ def _within(bound: float) -> Callable[[Tensor], bool]:
     return lambda t: bool(t.abs().max() <= bound) and abs(t.std().item() * math.sqrt(3) / bound - 1) < 0.3
 
 
-def _truncated(t: Tensor) -> bool:
+def _normal(t: Tensor) -> bool:
     return abs(t.std().item() / 0.02 - 1) < 0.25 and bool(t.abs().max() < 0.12)
 
 
@@ -53,27 +53,27 @@ RULES = {
     "backbone.cls_token": _tiny_normal,
     "backbone.register_tokens": _tiny_normal,
     "backbone.mask_token": _constant(0.0),
-    "backbone.pos_embed": _truncated,
+    "backbone.pos_embed": _normal,
     "backbone.patch_embed.proj.weight": _within(1 / math.sqrt(48)),
     "backbone.patch_embed.proj.bias": _within(1 / math.sqrt(48)),
     "backbone.blocks.0.norm1.weight": _constant(1.0),
     "backbone.blocks.0.norm1.bias": _constant(0.0),
-    "backbone.blocks.0.attn.qkv.weight": _truncated,
+    "backbone.blocks.0.attn.qkv.weight": _normal,
     "backbone.blocks.0.attn.qkv.bias": _constant(0.0),
-    "backbone.blocks.0.attn.proj.weight": _truncated,
-    "backbone.blocks.1.mlp.fc1.weight": _truncated,
-    "backbone.blocks.1.mlp.fc2.weight": _truncated,
+    "backbone.blocks.0.attn.proj.weight": _normal,
+    "backbone.blocks.1.mlp.fc1.weight": _normal,
+    "backbone.blocks.1.mlp.fc2.weight": _normal,
     "backbone.blocks.1.mlp.fc2.bias": _constant(0.0),
     "backbone.blocks.0.ls1.gamma": _constant(0.1),
     "backbone.norm.weight": _constant(1.0),
-    "dino_head.mlp.0.weight": _truncated,
+    "dino_head.mlp.0.weight": _normal,
     "dino_head.mlp.0.bias": _constant(0.0),
     "dino_head.mlp.1.weight": _constant(1.0),  # BatchNorm
     "dino_head.mlp.1.bias": _constant(0.0),
     "dino_head.norm.weight": _constant(1.0),
     "dino_head.last_layer.weight_g": _constant(1.0),
     "dino_head.last_layer.weight_v": _within(1 / math.sqrt(12)),
-    "ibot_head.mlp.2.weight": _truncated,
+    "ibot_head.mlp.2.weight": _normal,
 }
 
 
@@ -82,10 +82,10 @@ def test_a_parameter_starts_as_the_method_says(name: str) -> None:
     assert RULES[name](dict(_initialised().named_parameters())[name].detach())
 
 
-def test_swiglu_starts_truncated_normal() -> None:
+def test_swiglu_starts_as_the_other_layers() -> None:
     parameters = dict(_initialised(model__ffn="swiglu").named_parameters())
-    assert _truncated(parameters["backbone.blocks.0.mlp.w12.weight"].detach())
-    assert _truncated(parameters["backbone.blocks.0.mlp.w3.weight"].detach())
+    assert _normal(parameters["backbone.blocks.0.mlp.w12.weight"].detach())
+    assert _normal(parameters["backbone.blocks.0.mlp.w3.weight"].detach())
 
 
 def test_initial_weights_are_a_function_of_the_seed() -> None:

@@ -275,7 +275,10 @@ class _FeedForward(torch.autograd.Function):
             del activated
             kept += [hidden_kept, mean, scale] if keep else []
         ctx.save_for_backward(tokens, norm_weight, norm_bias, weight1, weight2, bias2, gamma, *kept)
-        return out.to(tokens.dtype) if whole is None else whole
+        if whole is not None:
+            return whole
+        # torch 2.11's compiler gives zeros for gradients if what is returned went through a `to` that changed nothing.
+        return out if out.dtype == tokens.dtype else out.to(tokens.dtype)
 
     @staticmethod
     @once_differentiable

@@ -20,8 +20,10 @@ from dinov2_fsdp.rng import generator
 Initialiser = Callable[[Tensor, torch.Generator], object]
 
 
-def _truncated_normal(tensor: Tensor, rng: torch.Generator) -> object:
-    return nn.init.trunc_normal_(tensor, std=0.02, generator=rng)
+def _normal(tensor: Tensor, rng: torch.Generator) -> object:
+    # The published truncation is at ±2, a hundred standard deviations: none. A normal distribution's values are the
+    # same in all versions of torch, a truncated one's changed between 2.11 and 2.14.
+    return nn.init.normal_(tensor, std=0.02, generator=rng)
 
 
 def _nearly_zero(tensor: Tensor, rng: torch.Generator) -> object:
@@ -54,7 +56,7 @@ def rules(layer_scale: float, patch_fan_in: int) -> list[tuple[str, Initialiser]
     return [
         (r"(^|\.)(cls_token|register_tokens)$", _nearly_zero),
         (r"(^|\.)mask_token$", _zeros),
-        (r"(^|\.)pos_embed$", _truncated_normal),
+        (r"(^|\.)pos_embed$", _normal),
         (r"(^|\.)patch_embed\.proj\.weight$", _framework_default),
         (r"(^|\.)patch_embed\.proj\.bias$", patch_bias),
         (r"\.gamma$", layer_scale_value),
@@ -62,8 +64,8 @@ def rules(layer_scale: float, patch_fan_in: int) -> list[tuple[str, Initialiser]
         (r"(^|\.)last_layer\.weight_v$", _framework_default),
         (r"(^|\.)bias$", _zeros),
         (r"(^|\.)norm\d?\.weight$", _ones),
-        (r"(^|\.)mlp\.\d+\.weight$", _truncated_normal),
-        (r"\.(qkv|proj|fc1|fc2|w12|w3)\.weight$", _truncated_normal),
+        (r"(^|\.)mlp\.\d+\.weight$", _normal),
+        (r"\.(qkv|proj|fc1|fc2|w12|w3)\.weight$", _normal),
     ]
 
 
