@@ -108,7 +108,19 @@ def test_the_plan_is_what_a_traced_step_holds_and_receives(ranks: int, overrides
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "ranks"), [("vitg14", 128), ("vitl14", 96)])
+@pytest.mark.parametrize(
+    ("recipe", "ranks"),
+    [
+        pytest.param(
+            *("vitg14", 128),
+            marks=pytest.mark.skipif(
+                torch.__version__ < (2, 14),
+                reason="this torch looks at an optimizer's shapes with whole parameters, which the trace counts",
+            ),
+        ),
+        ("vitl14", 96),
+    ],
+)
 def test_the_plan_of_a_recipe_is_what_its_traced_step_holds_and_receives(recipe: str, ranks: int) -> None:
     assert_the_plan_is_right(traced(f"configs/{recipe}.yaml", ranks, "cuda", ["data.train=scenes:n=4000"]))
 
