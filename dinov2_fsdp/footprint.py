@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from dinov2_fsdp.config import Config, HeadConfig, microbatches_per_rank, width_depth_heads
+from dinov2_fsdp.config import Config, HeadConfig, frees_gathered, microbatches_per_rank, width_depth_heads
 from dinov2_fsdp.counts import BYTES_PER_WEIGHT, count_parameters, ffn_widths, masked_patches, state_bytes
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -71,7 +71,7 @@ def _moments(config: Config, processes: int, kind: str) -> list[Footprint]:
     whole = count_parameters(config).total * sums if microbatches > 1 else 0
     # One unit's whole gradients wait to be reduced while those of the next are computed.
     reduced = {name: 0 if whole else units[name] * sums for name in units}
-    freed = config.parallel.reshard_after_forward
+    freed = frees_gathered(config.parallel, shards)
     kept_blocks = 0 if freed else depth * gathered["block"]
     kept = kept_blocks + (0 if freed else sum(gathered[name] for name in heads))
     # The block at work and those that are gathered ahead of it; a rank that has all weights copies each as it comes.
@@ -433,7 +433,7 @@ def traffic(config: Config, processes: int) -> dict[str, float]:
     gathered = {name: count * _size(config, name) for name, count in units.items()}
     share, sums = (shards - 1) / shards, BYTES[config.parallel.reduce_precision]
     microbatches, total, once = microbatches_per_rank(config, processes), sum(units.values()), sum(gathered.values())
-    again = once - gathered["root"] if config.parallel.reshard_after_forward else 0
+    again = once - gathered["root"] if frees_gathered(config.parallel, shards) else 0
     prototypes = config.dino_head.prototypes
     if config.loss.ibot > 0:
         prototypes += (config.ibot_head if config.ibot_head.separate else config.dino_head).prototypes
@@ -452,6 +452,10 @@ def traffic(config: Config, processes: int) -> dict[str, float]:
 def ways_to_fit(config: Config, processes: int, kind: str, limit: float) -> list[str]:
     """Return changes of the config, each by itself, that bring a rank below ``limit`` bytes; the mildest first."""
     found = []
+    if not frees_gathered(config.parallel, processes // config.parallel.replicate):
+        changed = replace(config, parallel=replace(config.parallel, reshard_after_forward=True))
+        if footprint(changed, processes, kind).total < limit:
+            found.append("parallel.reshard_after_forward=true")
     if config.parallel.activation_checkpointing != "full":
         changed = replace(config, parallel=replace(config.parallel, activation_checkpointing="full"))
         if footprint(changed, processes, kind).total < limit:

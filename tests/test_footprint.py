@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -163,6 +164,16 @@ def test_what_does_not_fit_is_said_with_a_way_out() -> None:
     changed = load("configs/vitg14.yaml", ["data.train=scenes:n=4000", "train.batch=1024", smaller])
     assert footprint(changed, 8, "cuda").total < limit
     assert "warning" not in plan(changed, 8, "cuda", 4000, GPUS[0])
+
+
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_what_a_rank_keeps_gathered_is_the_first_to_go(asked: bool | None) -> None:
+    config = config_of(parallel__reshard_after_forward=asked)
+    freed = replace(config, parallel=replace(config.parallel, reshard_after_forward=True))
+    held, least = (footprint(each, 1, "cpu").total for each in (config, freed))
+    assert (held > least) is (asked is not True)
+    ways = ways_to_fit(config, 1, "cpu", held)
+    assert (ways[:1] == ["parallel.reshard_after_forward=true"]) is (asked is not True)
 
 
 def test_a_plan_is_for_the_gpu_that_is_named() -> None:

@@ -177,11 +177,23 @@ def test_as_many_blocks_as_asked_for_are_gathered_together(world: World, size: i
     assert all(state is not student._get_fsdp_state() for state in states), "none is left to the root"  # type: ignore
 
 
-@pytest.mark.parametrize("freed", [True, False])
-def test_weights_are_freed_after_the_forward_pass_or_kept(world: World, freed: bool) -> None:
-    student, _ = blocks_of_four(world, parallel__reshard_after_forward=freed)
+@pytest.mark.parametrize(("asked", "freed"), [(True, True), (False, False), (None, False)])
+def test_weights_are_freed_after_the_forward_pass_or_kept(world: World, asked: bool | None, freed: bool) -> None:
+    """Where nothing is asked for, a rank that has them whole anyway keeps them."""
+    student, _ = blocks_of_four(world, parallel__reshard_after_forward=asked)
     student([torch.zeros(2, 3, 16, 16)], None, torch.tensor([0]))
     assert [isinstance(block.attn.qkv.weight, DTensor) for block in student.backbone.blocks] == [freed] * 4
+
+
+def weights_are_freed() -> bool:
+    student, _ = blocks_of_four(this_world())
+    student([torch.zeros(2, 3, 16, 16)], None, torch.tensor([0]))
+    return all(isinstance(block.attn.qkv.weight, DTensor) for block in student.backbone.blocks)
+
+
+@pytest.mark.distributed
+def test_two_ranks_free_the_weights_they_share() -> None:
+    assert run_on_ranks(weights_are_freed, 2) == [True, True]
 
 
 def test_units_gather_as_many_others_ahead_as_asked_for(world: World) -> None:

@@ -21,6 +21,7 @@ from dinov2_fsdp.config.knobs import (
     ParallelConfig,
     TeacherConfig,
     TrainConfig,
+    frees_gathered,
     width_depth_heads,
 )
 from dinov2_fsdp.config.reading import from_dict, load, to_yaml
@@ -46,6 +47,7 @@ __all__ = [
     "TeacherConfig",
     "TrainConfig",
     "describe_keys",
+    "frees_gathered",
     "from_dict",
     "load",
     "microbatches_per_rank",

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
-from dinov2_fsdp.config import Config, ParallelConfig
+from dinov2_fsdp.config import Config, ParallelConfig, frees_gathered
 from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.models.attention import resolve_backend
 from dinov2_fsdp.parallel.world import World
@@ -56,7 +56,7 @@ def parallelise(network: Network, config: ParallelConfig, mesh: DeviceMesh, prec
     policy = MixedPrecisionPolicy(param_dtype=PRECISIONS[precision], reduce_dtype=sums)
     heads_policy = MixedPrecisionPolicy(param_dtype=PRECISIONS[config.heads_precision or precision], reduce_dtype=sums)
     # The teacher must free its weights after every pass: gathered ones would not see the EMA's updates.
-    reshard = config.reshard_after_forward or not trained
+    reshard = frees_gathered(config, shards=mesh.size(mesh.ndim - 1)) or not trained
     size = config.blocks_per_unit
     units = [list(blocks[start : start + size]) for start in range(0, len(blocks), size)]
     for unit in units:
