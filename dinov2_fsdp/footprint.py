@@ -35,7 +35,7 @@ class Footprint:
     gradients: int
     """Those that exist at this moment: whole ones, not shares, where the step has several microbatches."""
     gathered: int
-    """Weights of other ranks in the precision of the step."""
+    """Whole weights in the precision of the step, as FSDP puts them together; a rank alone copies its own."""
     activations: int
     """What the backbone keeps for its backward pass, and the crops of the step."""
     logits: int
@@ -57,8 +57,8 @@ def _moments(config: Config, processes: int, kind: str) -> list[Footprint]:
     """Return the moments of a step at which a rank may hold most.
 
     Sinkhorn's targets; and of the last microbatch, when the gradients of the others have been added up, the end of the
-    forward pass, and of the backward pass each loss, each head's prototypes, the last attention branch, the one before
-    it (the last feed-forward branch sees few tokens), the end.
+    forward pass, the losses behind it, and of the backward pass each loss, each head's prototypes, the last attention
+    branch, the one before it (the last feed-forward branch sees few tokens), the end.
     """
     microbatches, depth = microbatches_per_rank(config, processes), width_depth_heads(config.model)[1]
     shards, shares = max(1, processes // config.parallel.replicate), state_shares(config, processes)
@@ -71,7 +71,7 @@ def _moments(config: Config, processes: int, kind: str) -> list[Footprint]:
     whole = count_parameters(config).total * sums if microbatches > 1 else 0
     # One unit's whole gradients wait to be reduced while those of the next are computed.
     reduced = {name: 0 if whole else units[name] * sums for name in units}
-    freed = frees_gathered(config.parallel, shards)
+    freed = frees_gathered(config.parallel, shards, kind)
     kept_blocks = 0 if freed else depth * gathered["block"]
     kept = kept_blocks + (0 if freed else sum(gathered[name] for name in heads))
     # The block at work and those that are gathered ahead of it; a rank that has all weights copies each as it comes.
@@ -433,7 +433,8 @@ def traffic(config: Config, processes: int) -> dict[str, float]:
     gathered = {name: count * _size(config, name) for name, count in units.items()}
     share, sums = (shards - 1) / shards, BYTES[config.parallel.reduce_precision]
     microbatches, total, once = microbatches_per_rank(config, processes), sum(units.values()), sum(gathered.values())
-    again = once - gathered["root"] if frees_gathered(config.parallel, shards) else 0
+    # A rank alone receives nothing, whether it copies once or twice.
+    again = once - gathered["root"] if shards > 1 and frees_gathered(config.parallel, shards, "any") else 0
     prototypes = config.dino_head.prototypes
     if config.loss.ibot > 0:
         prototypes += (config.ibot_head if config.ibot_head.separate else config.dino_head).prototypes
@@ -451,23 +452,25 @@ def traffic(config: Config, processes: int) -> dict[str, float]:
 
 def ways_to_fit(config: Config, processes: int, kind: str, limit: float) -> list[str]:
     """Return changes of the config, each by itself, that bring a rank below ``limit`` bytes; the mildest first."""
-    found = []
-    if not frees_gathered(config.parallel, processes // config.parallel.replicate):
-        changed = replace(config, parallel=replace(config.parallel, reshard_after_forward=True))
-        if footprint(changed, processes, kind).total < limit:
+    found, also = [], ""
+    if not frees_gathered(config.parallel, processes // config.parallel.replicate, kind):
+        freed = replace(config, parallel=replace(config.parallel, reshard_after_forward=True))
+        if footprint(freed, processes, kind).total < limit:
             found.append("parallel.reshard_after_forward=true")
+        else:  # it costs less than any other, so it goes with all of them
+            config, also = freed, "parallel.reshard_after_forward=true "
     if config.parallel.activation_checkpointing != "full":
         changed = replace(config, parallel=replace(config.parallel, activation_checkpointing="full"))
         if footprint(changed, processes, kind).total < limit:
-            found.append("parallel.activation_checkpointing=full")
+            found.append(f"{also}parallel.activation_checkpointing=full")
     for size in (s for s in range(config.train.microbatch - 1, 0, -1) if config.train.microbatch % s == 0):
         changed = replace(config, train=replace(config.train, microbatch=size))
         if footprint(changed, processes, kind).total < limit:
-            found.append(f"train.microbatch={size}")
+            found.append(f"{also}train.microbatch={size}")
             break
     for more in (2, 4, 8, 16):
         microbatches = config.train.batch // config.train.microbatch
         if microbatches % (processes * more) == 0 and footprint(config, processes * more, kind).total < limit:
-            found.append(f"{processes * more} processes")
+            found.append(f"{also}{processes * more} processes")
             break
     return found

@@ -174,6 +174,20 @@ def test_what_a_rank_keeps_gathered_is_the_first_to_go(asked: bool | None) -> No
     assert (held > least) is (asked is not True)
     ways = ways_to_fit(config, 1, "cpu", held)
     assert (ways[:1] == ["parallel.reshard_after_forward=true"]) is (asked is not True)
+    ways = ways_to_fit(config, 1, "cpu", least)
+    assert ways
+    assert all(way.startswith("parallel.reshard_after_forward=true ") is (asked is not True) for way in ways)
+
+
+def test_only_a_rank_alone_on_a_cpu_keeps_what_it_gathered() -> None:
+    def frees(processes: int, kind: str, **changes: object) -> bool:
+        found = footprint(config_of(**changes), processes, kind)
+        return found == footprint(config_of(parallel__reshard_after_forward=True, **changes), processes, kind)
+
+    assert not frees(1, "cpu")
+    assert frees(1, "cuda")
+    assert frees(2, "cpu", train__microbatch=4)
+    assert not frees(2, "cpu", train__microbatch=4, parallel__replicate=2)
 
 
 def test_a_plan_is_for_the_gpu_that_is_named() -> None:

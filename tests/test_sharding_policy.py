@@ -45,6 +45,13 @@ def test_a_policy_changes_no_bit(reference: Path, tmp_path: Path, policy: dict[s
     assert differing(saved_tensors(tmp_path / "run"), saved_tensors(reference)) == []
 
 
+def test_a_rank_alone_learns_the_same_whether_it_frees_its_weights_or_keeps_them(tmp_path: Path) -> None:
+    settings = {"parallel__blocks_per_unit": 3, "ibot_head__separate": True, "train__precision": "bf16"}
+    for name, freed in (("kept", None), ("freed", True)):
+        train_alone(deep_run(tmp_path / name, parallel__reshard_after_forward=freed, **settings))
+    assert differing(saved_tensors(tmp_path / "kept"), saved_tensors(tmp_path / "freed")) == []
+
+
 def test_replicas_learn_the_same_as_shards(reference: Path, tmp_path: Path) -> None:
     """HSDP sums gradients in another order, so the last bits may differ."""
     run_on_ranks(train_as_rank, 2, deep_run(tmp_path / "run", parallel__replicate=2))

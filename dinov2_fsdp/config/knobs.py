@@ -228,8 +228,8 @@ class ParallelConfig:
     blocks_per_unit: int = 1
     """Blocks whose weights are gathered and freed together: more of them mean fewer, larger messages."""
     reshard_after_forward: bool | None = None
-    """Free a unit's gathered weights between forward and backward; by default if they are split over several ranks. A
-    single rank would only copy once more what it has."""
+    """Free a unit's gathered weights between forward and backward. By default all do but a single rank on a CPU, which
+    would only copy once more what it has."""
     prefetch: int = 1
     """Units whose weights are gathered ahead of their use; 1 is what the sharding does by itself."""
     reduce_precision: str = "fp32"
@@ -327,7 +327,10 @@ def width_depth_heads(model: ModelConfig) -> tuple[int, int, int]:
     return model.dim or base["dim"], model.depth or base["depth"], model.heads or base["heads"]
 
 
-def frees_gathered(parallel: ParallelConfig, shards: int) -> bool:
-    """Return whether a unit's gathered weights are freed between forward and backward, where so many ranks share it."""
+def frees_gathered(parallel: ParallelConfig, shards: int, kind: str) -> bool:
+    """Return whether a unit's gathered weights are freed between forward and backward.
+
+    ``shards``: ranks that share it; ``kind``: of their devices, cpu or cuda.
+    """
     chosen = parallel.reshard_after_forward
-    return shards > 1 if chosen is None else chosen
+    return shards > 1 or kind != "cpu" if chosen is None else chosen

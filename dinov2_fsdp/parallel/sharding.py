@@ -56,7 +56,7 @@ def parallelise(network: Network, config: ParallelConfig, mesh: DeviceMesh, prec
     policy = MixedPrecisionPolicy(param_dtype=PRECISIONS[precision], reduce_dtype=sums)
     heads_policy = MixedPrecisionPolicy(param_dtype=PRECISIONS[config.heads_precision or precision], reduce_dtype=sums)
     # The teacher must free its weights after every pass: gathered ones would not see the EMA's updates.
-    reshard = frees_gathered(config, shards=mesh.size(mesh.ndim - 1)) or not trained
+    reshard = frees_gathered(config, mesh.size(mesh.ndim - 1), mesh.device_type) or not trained
     size = config.blocks_per_unit
     units = [list(blocks[start : start + size]) for start in range(0, len(blocks), size)]
     for unit in units:
