@@ -56,9 +56,10 @@ def footprint(config: Config, processes: int, kind: str) -> Footprint:
 def _moments(config: Config, processes: int, kind: str) -> list[Footprint]:
     """Return the moments of a step at which a rank may hold most.
 
-    Sinkhorn's targets; and of the last microbatch, when the gradients of the others have been added up, the end of the
-    forward pass, the losses behind it, and of the backward pass each loss, each head's prototypes, the last attention
-    branch, the one before it (the last feed-forward branch sees few tokens), the end.
+    Sinkhorn's targets; and of the last microbatch, when the gradients of the others have been added up, the forward
+    pass's last block, end, and start of a second head, the losses behind it, and of the backward pass each loss, each
+    head's prototypes and the exchange of its gradients, the last attention branch, the one before it (the last
+    feed-forward branch sees few tokens), the exchange of several blocks' gradients at once, the end.
     """
     microbatches, depth = microbatches_per_rank(config, processes), width_depth_heads(config.model)[1]
     shards, shares = max(1, processes // config.parallel.replicate), state_shares(config, processes)
@@ -74,9 +75,13 @@ def _moments(config: Config, processes: int, kind: str) -> list[Footprint]:
     freed = frees_gathered(config.parallel, shards, kind)
     kept_blocks = 0 if freed else depth * gathered["block"]
     kept = kept_blocks + (0 if freed else sum(gathered[name] for name in heads))
-    # The block at work and those that are gathered ahead of it; a rank that has all weights copies each as it comes.
-    prefetch = max(1, config.parallel.prefetch) if shards > 1 else 0
-    ahead = min(config.parallel.blocks_per_unit * (1 + prefetch), depth)
+    # The blocks at work and those that are gathered ahead of them; a rank that has all weights copies each as it comes.
+    prefetch, of_unit = (
+        max(1, config.parallel.prefetch) if shards > 1 else 0,
+        min(config.parallel.blocks_per_unit, depth),
+    )
+    ahead = min(of_unit * (1 + prefetch), depth)
+    of_last_unit = (depth - 1) % of_unit + 1
     crops = sum(count * 3 * side**2 for count, side in _crops(config))
     targets, size = _targets_bytes(config, microbatches), _size(config, "dino")
     usual = Footprint(
@@ -91,16 +96,17 @@ def _moments(config: Config, processes: int, kind: str) -> list[Footprint]:
     losses = _losses(config)
     few = [4 * min(LOGITS_AT_A_TIME[kind], loss.largest * loss.head.prototypes) for loss in losses]
     last = gathered["ibot" if "ibot" in heads else "dino"]
+    # Crops are in float32 and, next to that, in the precision of the step.
+    forward = replace(usual, activations=usual.activations + (4 + (size if size < 4 else 0)) * crops)
+
+    def while_in(unit: int, before: int = 0) -> int:
+        """What is gathered in a unit's forward pass: FSDP has what it gathered last twice, until the next is there."""
+        return usual.gathered + (not kept) * unit + (shards > 1) * (unit + before)
+
     moments = [
         Footprint(states, 0, 0, 0, _sinkhorn_bytes(config, microbatches), 0),
-        # FSDP keeps what it gathered last twice, until it gathers the next; what one rank has alone it copies once.
-        # Crops are in float32 and, next to that, in the precision of the step.
-        replace(
-            usual,
-            activations=usual.activations + (4 + (size if size < 4 else 0)) * crops,
-            gathered=usual.gathered + (not kept) * last + (shards > 1) * last,
-            logits=int(logits),
-        ),
+        replace(forward, gathered=while_in(of_last_unit * gathered["block"]) - (kept - kept_blocks)),
+        replace(forward, gathered=while_in(last), logits=int(logits)),
         # Losses look at a few logits at a time over their temperature, in float32; what was gathered is there once.
         replace(
             usual,
@@ -108,31 +114,50 @@ def _moments(config: Config, processes: int, kind: str) -> list[Footprint]:
             logits=int(logits + (2 if size < 4 else 1) * max(few)),
         ),
     ]
-    of_logits = 0.0
+    whole_logits, of_logits = logits, 0.0
     for loss, at_a_time in zip(reversed(losses), reversed(few), strict=True):
         # The gradients of the losses before wait, as they are joined where both share a head.
         of_logits += loss.rows * size * loss.head.prototypes
         moments.append(replace(usual, logits=int(logits), working=int(of_logits + 2 * at_a_time)))
         if "ibot" in heads:
             logits -= loss.rows * size * loss.head.prototypes
+    if "ibot" in heads:
+        of_ibot = losses[-1].rows * size * config.ibot_head.prototypes
+        of_ibot += _hidden_bytes(losses[-1], size) + _prototype_bytes(config.ibot_head, size)
+        both = while_in(gathered["ibot"], before=gathered["dino"])
+        moments.append(replace(forward, gathered=both, logits=int(whole_logits - of_ibot)))
     waiting = int(sum(_hidden_bytes(loss, size) for loss in losses))
+    shares_of = {name: units[name] * BYTES_PER_WEIGHT["gradients"] // shards for name in (*heads, "block")}
+    of_heads, waiting_prototypes = sum(shares_of[name] for name in heads), _prototype_bytes(config.dino_head, size)
     for name, head in heads.items():
-        # Three float32 copies of the prototypes, beside those of the forward pass. iBOT's turn comes before DINO's.
+        # iBOT's turn comes before DINO's.
         following, before = ("block", "ibot") if name == "dino" else ("dino", "")
-        moments.append(
+        if kept:
+            at_work = usual.gathered - (gathered["ibot"] if before in heads else 0)
+        else:
+            at_work = usual.gathered + gathered[name] + (prefetch > 0) * gathered[following]
+        moments += [
+            # Three float32 copies of the prototypes, beside those of the forward pass.
             replace(
                 usual,
-                gathered=usual.gathered + (0 if kept else gathered[name] + (prefetch > 0) * gathered[following]),
+                gathered=at_work,
                 logits=targets + waiting + (4 * head.prototypes * head.bottleneck if size < 4 else 0),
                 working=3 * 4 * head.prototypes * head.bottleneck + reduced.get(before, 0),
-            )
-        )
+            ),
+            # The exchange of the head's gradients, while what the other exchanged is still there.
+            replace(
+                usual,
+                gathered=at_work,
+                gradients=whole or shares_of[before if before in heads else name],
+                logits=targets + (0 if name == "dino" else int(_hidden_bytes(losses[0], size)) + waiting_prototypes),
+                working=reduced[name] + reduced.get(before, 0),
+            ),
+        ]
         waiting += _prototype_bytes(head, size)
-    shares_of = [units[name] * BYTES_PER_WEIGHT["gradients"] // shards for name in (*heads, "block")]
     # The heads' backward passes are over, and their weights freed.
     at_blocks = replace(
         usual,
-        gradients=whole or sum(shares_of[:-1]),
+        gradients=whole or of_heads,
         gathered=gathered["root"] + (kept_blocks or ahead * gathered["block"]),
     )
     working = _last_attention_backward_bytes(config, kind) + max(reduced[name] for name in heads)
@@ -140,12 +165,12 @@ def _moments(config: Config, processes: int, kind: str) -> list[Footprint]:
     if depth > 1:
         activations = at_blocks.activations - _kept_by_last_block(config, kind)
         working = _feed_forward_backward_bytes(config, kind) + reduced["block"]
-        gradients = whole or sum(shares_of)
+        gradients = whole or of_heads + shares_of["block"]
         moments.append(
             replace(
                 at_blocks,
                 gradients=gradients,
-                gathered=at_blocks.gathered - (gathered["block"] if kept_blocks else 0),
+                gathered=at_blocks.gathered - (gathered["block"] if kept_blocks and of_last_unit == 1 else 0),
                 activations=activations,
                 working=working,
             )

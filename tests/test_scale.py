@@ -32,6 +32,11 @@ SMALL = [
 KEPT = "parallel.reshard_after_forward=false"
 FEW = ["train.batch=16", "train.microbatch=4", "dino_head.prototypes=256", "ibot_head.prototypes=256"]
 """So few rows and prototypes that weights show."""
+HEADS = [
+    "ibot_head.separate=true", "dino_head.hidden=2048", "dino_head.bottleneck=256", "ibot_head.hidden=2048",
+    "ibot_head.bottleneck=256",
+]  # fmt: skip
+"""Such that they are most of what a step gathers."""
 TOLERANCE = 0.05
 """The goal is a tenth, which working memory alone needs; at this, one of a block's dozen kept tensors shows."""
 LITTLE = 0.01
@@ -86,6 +91,9 @@ def assert_the_plan_is_right(found: dict[str, Any]) -> None:
                 (4, [KEPT, "train.precision=bf16", "model.dim=192", "dino_head.hidden=1024", "model.drop_path=0.4"]),
                 (4, [KEPT, "train.batch=128", "ibot_head.separate=true", "parallel.blocks_per_unit=2"]),
                 (2, [KEPT, "parallel.activation_checkpointing=full", "model.dim=192"]),
+                (2, HEADS),
+                (2, [KEPT, *HEADS]),
+                (2, ["parallel.blocks_per_unit=4"]),
             )
         ),
     ],
@@ -100,6 +108,9 @@ def assert_the_plan_is_right(found: dict[str, Any]) -> None:
         "kept weights, large heads",
         "kept weights, several microbatches",
         "kept weights, checkpointed",
+        "two large heads",
+        "kept weights, two large heads",
+        "all blocks at once",
     ],
 )
 def test_the_plan_is_what_a_traced_step_holds_and_receives(ranks: int, overrides: list[str]) -> None:
