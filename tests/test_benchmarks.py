@@ -52,6 +52,7 @@ def test_a_product_is_repeated_on_operands_that_lie_alike() -> None:
     assert (left.stride(), right.stride(), product.flops) == ((1, 4), (5, 1), 2 * 4 * 3 * 5)
 
 
+@pytest.mark.slow
 def test_a_step_of_many_parts_records_its_products_as_the_formula_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frugal, "CACHED_ROWS", 8)
     monkeypatch.setattr(products, "processor_maker", lambda: "AuthenticAMD")

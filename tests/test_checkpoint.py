@@ -52,6 +52,7 @@ def interrupted(run_dir: Path, copy: Path) -> Config:
     return six_steps(copy)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(run: Path, tmp_path: Path) -> None:
     config = interrupted(run, tmp_path / "resumed")
     assert saved_steps(tmp_path / "resumed") == [MIDDLE]
@@ -90,6 +91,7 @@ def test_a_save_reports_its_stall_among_the_metrics(tmp_path: Path) -> None:
     assert reported[MIDDLE]["checkpoint/gib"] > 0
 
 
+@pytest.mark.slow
 def test_a_save_that_failed_ends_the_run_before_the_next_one_is_due(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +136,7 @@ def at_a_late_step(run_dir: Path, step: int) -> None:
     write_manifest(late, step, 1, files)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_at_a_late_step_as_fast_as_at_an_early_one(run: Path, tmp_path: Path) -> None:
     seconds = []
     for name, step in (("early", MIDDLE), ("late", 10**6)):

@@ -98,6 +98,7 @@ def mutate_value(content: bytes, rng: np.random.Generator) -> bytes:
     return yaml.safe_dump(values, sort_keys=False).encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mutation", [mutate_bytes, mutate_structure, mutate_value], ids=lambda m: m.__name__)
 def test_a_mutated_recipe_is_read_or_refused_in_a_few_lines(mutation: Mutation, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "configs", tmp_path / "configs")

@@ -287,6 +287,7 @@ def test_a_backbones_own_rate_slows_it_alone(second_run: Path, trained_file: Pat
     assert differing(part(fast, "student.dino_head."), part(slow, "student.dino_head.")) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_does_not_start_from_the_backbone_again(
     second_run: Path, trained_file: Path, tmp_path: Path
 ) -> None:

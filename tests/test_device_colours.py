@@ -257,6 +257,7 @@ def test_a_picture_of_the_crops_shows_them_coloured(tmp_path: Path, monkeypatch:
         np.testing.assert_array_equal(pictures[0].transpose(2, 0, 1), crop.numpy())
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit_whatever_the_workers(tmp_path: Path) -> None:
     settings = {"checkpoint__every": "2it", **DEVICE}
     train_alone(tiny_run(tmp_path / "whole", **settings))

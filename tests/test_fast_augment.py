@@ -411,6 +411,7 @@ def test_no_crop_is_ever_enlarged_because_of_a_reduction() -> None:
     assert factors == {1, 2, 4, 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [2, 4, 8])
 def test_crops_of_a_reduced_image_are_as_sharp(factor: int) -> None:
     size = 28

@@ -107,6 +107,7 @@ def growth(microbatches: Microbatches, steps: int) -> int:
     return resident() - before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory is read from /proc")
 @pytest.mark.parametrize(
     "steps", [150, pytest.param(2_500, marks=pytest.mark.slow)], ids=["600 images", "10,000 images"]

@@ -149,6 +149,7 @@ def test_gradients_are_those_of_finite_differences(activation: str) -> None:
     assert torch.autograd.gradcheck(run, torch.randn(3, DIM, dtype=torch.float64, requires_grad=True))
 
 
+@pytest.mark.slow
 def test_gradients_of_attention_are_those_of_finite_differences() -> None:
     norm, qkv, proj, gamma = attention_layers()
     layout = Layout(((3, 2), (1, 1)))
@@ -337,6 +338,7 @@ def test_branches_in_fp32_are_those_of_the_plain_modules(branch: str, onto: bool
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("foreign")
 def test_a_branch_of_many_parts_lays_its_weights_out_forward(at_a_time: int) -> None:
     block = Block(DIM, HEADS, WIDTH, "mlp", layer_scale=True)

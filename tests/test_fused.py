@@ -39,6 +39,7 @@ def test_an_installation_with_a_compiler_has_compiled_code_on_torchs_own_threads
     assert native.parallel_library() is not None
 
 
+@pytest.mark.slow
 def test_other_packages_with_threads_of_their_own_change_nothing() -> None:
     """scikit-learn's wheel brings an OpenMP library beside torch's."""
     code = "import sklearn.metrics, sklearn.cluster; from dinov2_fsdp import native; print(native.variant())"
@@ -57,6 +58,7 @@ def test_what_was_built_from_other_code_is_left_alone(
     assert "install this project again or delete" in caplog.text
 
 
+@pytest.mark.slow
 def test_what_the_environment_switches_off_is_not_loaded() -> None:
     code = "import json; from dinov2_fsdp import native; print(json.dumps([native.variant(), str(native.library())]))"
     environment = {**os.environ, native.SWITCH: "off"}
@@ -64,6 +66,7 @@ def test_what_the_environment_switches_off_is_not_loaded() -> None:
     assert json.loads(done.stdout) == ["none", "None"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs both instruction sets")
 def test_both_instruction_sets_give_the_same_but_for_rounding(random: Callable[..., Tensor]) -> None:
     if native.variant() == "none":

@@ -294,6 +294,7 @@ def test_a_part_that_fails_or_hangs_is_reported_and_the_next_one_runs(tmp_path: 
     assert "| not reached |" not in after.partition("## ")[0]
 
 
+@pytest.mark.slow
 def test_nothing_that_a_stopped_part_started_goes_on(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     child = f"import time, pathlib; time.sleep(1.5); pathlib.Path({str(mark)!r}).touch()"
@@ -378,6 +379,7 @@ def test_colours_of_the_device_are_compared(monkeypatch: pytest.MonkeyPatch, tmp
     assert not gpu.colours(settings, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_alarm_is_on_while_the_loop_runs_and_off_where_it_must_wait(monkeypatch: Any, tmp_path: Path) -> None:
     modes: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)

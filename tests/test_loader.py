@@ -144,6 +144,7 @@ def test_no_more_is_opened_ahead_than_may_be(monkeypatch: pytest.MonkeyPatch) ->
         assert "".join(happened) == expected
 
 
+@pytest.mark.slow
 def test_a_slow_worker_does_not_set_the_pace() -> None:
     """Dealt out in turn, half of 24 images would wait for a worker that takes .15 s for each."""
     config, seconds = one_image_each(prefetch=4), []
@@ -170,6 +171,7 @@ def test_a_single_long_microbatch_is_waited_for_and_no_other() -> None:
     assert sum(waits[3:]) < 0.2, "made while the long one was waited for"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_no_more_microbatches_are_made_ahead_than_may_be(workers: int, tmp_path: Path) -> None:
     """Not even while one of them keeps all others waiting."""
@@ -239,6 +241,7 @@ def worker_pids() -> list[int]:
     return [child.pid for child in multiprocessing.active_children() if child.pid]
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_named() -> None:
     loader = load(one_image_each(workers=2), Scenes(slow=0.05), 10)
     next(loader)
@@ -257,6 +260,7 @@ class Broken:
         raise self.error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "reset"), FileNotFoundError(2, "gone")])
 def test_a_worker_that_dies_while_it_hands_over_is_named(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection breaks first; only some time later does the worker count as dead."""
@@ -277,6 +281,7 @@ def test_a_worker_that_dies_while_it_hands_over_is_named(error: Exception, monke
         lives.join()
 
 
+@pytest.mark.slow
 def test_a_loader_that_nobody_needs_any_more_ends_its_workers_at_once() -> None:
     """Also those that wait because enough has been made."""
     config, others = one_image_each(workers=3), worker_pids()

@@ -55,6 +55,7 @@ def distinct_colours(png: Path) -> int:
         return len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0))
 
 
+@pytest.mark.slow
 def test_curves_are_drawn_at_their_size(tmp_path: Path) -> None:
     png = training_curves(
         write_metrics(tmp_path / "metrics.jsonl"), tmp_path / "pictures" / "curves.png", {"raw pixels": 21.0}

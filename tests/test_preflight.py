@@ -131,6 +131,7 @@ def test_ranks_that_do_not_come_are_named_in_bounded_time(tmp_path: Path) -> Non
     assert caught.value.nodes == ("a", "b", "c")
 
 
+@pytest.mark.slow
 def test_a_rank_that_cannot_reach_the_first_one_names_its_own_node() -> None:
     port = free_port()  # nobody listens there
     with pytest.raises(BadNodes, match=f"node b cannot reach rank 0 at 127.0.0.1:{port}") as caught:

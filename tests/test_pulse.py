@@ -52,6 +52,7 @@ def stop_beating(pulse: Pulse) -> None:
     pulse._over.set()
 
 
+@pytest.mark.slow
 def test_the_rank_that_others_wait_for_is_named_with_its_place(capsys: pytest.CaptureFixture[str]) -> None:
     with ranks(3, LIMIT) as (pulses, ended):
         for rank, pulse in enumerate(pulses):

@@ -82,6 +82,7 @@ def test_ten_scenes_on_end_hold_every_class_once() -> None:
     assert len(CLASSES) == len(set(CLASSES)) == 10
 
 
+@pytest.mark.slow
 def test_a_label_does_not_depend_on_its_place_among_the_ten() -> None:
     labels = np.array([render(5, index, 8).label for index in range(1000)])
     table = np.zeros((10, 10))
@@ -89,6 +90,7 @@ def test_a_label_does_not_depend_on_its_place_among_the_ten() -> None:
     assert ((table - 10) ** 2 / 10).sum() < 140  # chi-squared of 81 degrees of freedom, p < 0.0001
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nuisance", ["area", "column", "row", "red", "green", "blue", "background", "distance"])
 def test_a_nuisance_does_not_depend_on_the_class(nuisance: str) -> None:
     measures = {

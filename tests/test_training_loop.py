@@ -192,6 +192,7 @@ def evaluated(config: Config) -> list[int]:
     return sorted(logged(Path(config.output_dir), "eval/calls"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "expected"), [("3it", [0, 3, 6, 10]), ("0it", []), ("10it", [0, 10])])
 def test_evaluations_come_at_the_start_at_every_interval_and_at_the_end(
     tmp_path: Path, every: str, expected: list[int]

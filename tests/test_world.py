@@ -27,6 +27,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps freed memory its own way")
 def test_a_cpu_uses_freed_memory_again() -> None:
     """After some rounds 96 MiB need no new pages any more; left alone, most processes take 24,000 in every round."""
