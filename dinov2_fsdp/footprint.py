@@ -59,7 +59,7 @@ def _moments(config: Config, processes: int, kind: str) -> list[Footprint]:
     Sinkhorn's targets; and of the last microbatch, when the gradients of the others have been added up, the forward
     pass's last block, end, and start of a second head, the losses behind it, and of the backward pass each loss, each
     head's prototypes and the exchange of its gradients, the last attention branch, the one before it (the last
-    feed-forward branch sees few tokens), the exchange of several blocks' gradients at once, the end.
+    feed-forward branch sees few tokens), the end. Several blocks' gradients that are exchanged at once count as one's.
     """
     microbatches, depth = microbatches_per_rank(config, processes), width_depth_heads(config.model)[1]
     shards, shares = max(1, processes // config.parallel.replicate), state_shares(config, processes)
@@ -76,10 +76,8 @@ def _moments(config: Config, processes: int, kind: str) -> list[Footprint]:
     kept_blocks = 0 if freed else depth * gathered["block"]
     kept = kept_blocks + (0 if freed else sum(gathered[name] for name in heads))
     # The blocks at work and those that are gathered ahead of them; a rank that has all weights copies each as it comes.
-    prefetch, of_unit = (
-        max(1, config.parallel.prefetch) if shards > 1 else 0,
-        min(config.parallel.blocks_per_unit, depth),
-    )
+    prefetch = max(1, config.parallel.prefetch) if shards > 1 else 0
+    of_unit = min(config.parallel.blocks_per_unit, depth)
     ahead = min(of_unit * (1 + prefetch), depth)
     of_last_unit = (depth - 1) % of_unit + 1
     crops = sum(count * 3 * side**2 for count, side in _crops(config))
@@ -473,29 +471,3 @@ def traffic(config: Config, processes: int) -> dict[str, float]:
         "centering (all-reduce)": 2 * (processes - 1) / processes * 4 * prototypes * rounds,
     }
     return {name: amount for name, amount in found.items() if amount}
-
-
-def ways_to_fit(config: Config, processes: int, kind: str, limit: float) -> list[str]:
-    """Return changes of the config, each by itself, that bring a rank below ``limit`` bytes; the mildest first."""
-    found, also = [], ""
-    if not frees_gathered(config.parallel, processes // config.parallel.replicate, kind):
-        freed = replace(config, parallel=replace(config.parallel, reshard_after_forward=True))
-        if footprint(freed, processes, kind).total < limit:
-            found.append("parallel.reshard_after_forward=true")
-        else:  # it costs less than any other, so it goes with all of them
-            config, also = freed, "parallel.reshard_after_forward=true "
-    if config.parallel.activation_checkpointing != "full":
-        changed = replace(config, parallel=replace(config.parallel, activation_checkpointing="full"))
-        if footprint(changed, processes, kind).total < limit:
-            found.append(f"{also}parallel.activation_checkpointing=full")
-    for size in (s for s in range(config.train.microbatch - 1, 0, -1) if config.train.microbatch % s == 0):
-        changed = replace(config, train=replace(config.train, microbatch=size))
-        if footprint(changed, processes, kind).total < limit:
-            found.append(f"{also}train.microbatch={size}")
-            break
-    for more in (2, 4, 8, 16):
-        microbatches = config.train.batch // config.train.microbatch
-        if microbatches % (processes * more) == 0 and footprint(config, processes * more, kind).total < limit:
-            found.append(f"{also}{processes * more} processes")
-            break
-    return found

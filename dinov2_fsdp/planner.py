@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from dinov2_fsdp.config import Config, microbatches_per_rank
+from dinov2_fsdp.config import Config, frees_gathered, microbatches_per_rank
 from dinov2_fsdp.counts import count_parameters, state_bytes, step_flops_per_image
 from dinov2_fsdp.duration import Duration
 from dinov2_fsdp.errors import UserError
-from dinov2_fsdp.footprint import footprint, traffic, ways_to_fit
+from dinov2_fsdp.footprint import footprint, traffic
 from dinov2_fsdp.optim.schedules import scaled_learning_rate
 
 GIB = 2**30
@@ -126,3 +126,29 @@ def plan(config: Config, processes: int, kind: str, images: int | None, gpu: Gpu
             else "no smaller microbatch makes it fit; use a smaller model or crops"
         )
     return text
+
+
+def ways_to_fit(config: Config, processes: int, kind: str, limit: float) -> list[str]:
+    """Return changes of the config, each by itself, that bring a rank below ``limit`` bytes; the mildest first."""
+    found, also = [], ""
+    if not frees_gathered(config.parallel, processes // config.parallel.replicate, kind):
+        freed = replace(config, parallel=replace(config.parallel, reshard_after_forward=True))
+        if footprint(freed, processes, kind).total < limit:
+            found.append("parallel.reshard_after_forward=true")
+        else:  # it costs less than any other, so it goes with all of them
+            config, also = freed, "parallel.reshard_after_forward=true "
+    if config.parallel.activation_checkpointing != "full":
+        changed = replace(config, parallel=replace(config.parallel, activation_checkpointing="full"))
+        if footprint(changed, processes, kind).total < limit:
+            found.append(f"{also}parallel.activation_checkpointing=full")
+    for size in (s for s in range(config.train.microbatch - 1, 0, -1) if config.train.microbatch % s == 0):
+        changed = replace(config, train=replace(config.train, microbatch=size))
+        if footprint(changed, processes, kind).total < limit:
+            found.append(f"{also}train.microbatch={size}")
+            break
+    for more in (2, 4, 8, 16):
+        microbatches = config.train.batch // config.train.microbatch
+        if microbatches % (processes * more) == 0 and footprint(config, processes * more, kind).total < limit:
+            found.append(f"{also}{processes * more} processes")
+            break
+    return found
