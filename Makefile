@@ -12,7 +12,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not distributed and not e2e"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow and not distributed and not e2e"
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -77,6 +77,7 @@ setup(
         "test": [
             "pytest",
             "pytest-timeout",  # a hung rank must fail its test, not the whole run
+            "pytest-xdist",  # the fast tests on every core
             "scikit-learn",  # reference of the evaluations
             "transformers",  # independent implementation of the backbones, and reader of what is exported for it
             "timm",  # another one

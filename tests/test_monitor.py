@@ -7,6 +7,8 @@ import json
 import logging
 import math
 import os
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -432,7 +434,7 @@ def test_the_environment_names_versions_host_and_command(tmp_path: Path) -> None
     assert environment["cores"] >= 1
     assert environment["cpu"]
     assert environment["hostname"]
-    assert "pytest" in environment["command"]
+    assert shlex.split(environment["command"])[0] == sys.executable
 
 
 def test_the_environment_is_written_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
