@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from dinov2_fsdp.models import frugal_attention
 from dinov2_fsdp.models.attention import Attention
-from dinov2_fsdp.models.frugal import feed_forward, norm_linear, scaled_linear
-from dinov2_fsdp.models.frugal_attention import attention_branch
+from dinov2_fsdp.models.branches import Chosen
+from dinov2_fsdp.models.frugal import feed_forward, feed_forward_onto, norm_linear, scaled_linear
+from dinov2_fsdp.models.frugal_attention import attention_branch, attention_onto
 from dinov2_fsdp.models.layout import Layout
 from dinov2_fsdp.models.stochastic_depth import Subset, add_residual, add_residual_to
 
@@ -85,15 +86,30 @@ class Block(nn.Module):
 
         ``rows``: ``(chosen,)`` int64, the tokens to return, ``(chosen, dim)``; the feed-forward branch sees no other.
         """
-        tokens = add_residual(tokens, layout, self._attention_branch, attention_subset)
+        tokens = add_residual(tokens, layout, self._attention_branch, attention_subset, self._attention_onto)
         if rows is not None:
             return add_residual_to(rows, tokens, layout, self._ffn_branch, ffn_subset)
-        return add_residual(tokens, layout, self._ffn_branch, ffn_subset)
+        return add_residual(tokens, layout, self._ffn_branch, ffn_subset, self._ffn_onto)
+
+    def _attention_here(self, tokens: Tensor, layout: Layout) -> bool:
+        around = [*self.norm1.parameters(), *self.ls1.parameters()]
+        return self.attn.in_parts(layout) and frugal_attention.applies(tokens, self.attn.qkv, self.attn.proj, around)
+
+    def _attention_onto(self, tokens: Tensor, subset: Subset) -> Tensor | None:
+        if not self._attention_here(tokens, subset.layout):
+            return None
+        chosen = Chosen(subset.rows, subset.scale, second=False)
+        layers = (self.attn.heads, self.norm1, self.attn.qkv, self.attn.proj)
+        return attention_onto(tokens, chosen, subset.layout, *layers, gamma(self.ls1))
+
+    def _ffn_onto(self, tokens: Tensor, subset: Subset) -> Tensor | None:
+        first, second = self.mlp.linears
+        chosen = Chosen(subset.rows, subset.scale, second=True)
+        return feed_forward_onto(tokens, chosen, self.norm2, first, self.mlp.activation, second, gamma(self.ls2))
 
     def _attention_branch(self, tokens: Tensor, layout: Layout, onto: bool) -> Tensor:
         scale = gamma(self.ls1)
-        around = [*self.norm1.parameters(), *self.ls1.parameters()]
-        if self.attn.in_parts(layout) and frugal_attention.applies(tokens, self.attn.qkv, self.attn.proj, around):
+        if self._attention_here(tokens, layout):
             return attention_branch(
                 tokens, layout, self.attn.heads, self.norm1, self.attn.qkv, self.attn.proj, scale, onto
             )

@@ -96,6 +96,24 @@ def feed_forward(
     return out
 
 
+def feed_forward_onto(
+    tokens: Tensor,
+    chosen: branches.Chosen,
+    norm: nn.LayerNorm,
+    first: nn.Linear,
+    activation: str,
+    second: nn.Linear,
+    gamma: Tensor | None,
+) -> Tensor | None:
+    """Return the tokens with :func:`feed_forward` of the chosen rows added to these; None if that wants other ways."""
+    also = [*norm.parameters(), *([] if gamma is None else [gamma])]
+    if activation != "gelu" or not applies(tokens, first, second, also=also):
+        return None
+    if not (branches.applies(tokens, first, second, also=tuple(also)) and chosen.fit(tokens)):
+        return None
+    return branches.feed_forward(tokens, norm, first, second, gamma, True, keeps(first), chosen)
+
+
 def activate(hidden: Tensor, activation: str) -> Tensor:
     """Return the activation of ``hidden``, see :func:`feed_forward`."""
     if activation == "gelu":

@@ -59,6 +59,27 @@ def attention_branch(
     return out
 
 
+def attention_onto(
+    tokens: Tensor,
+    chosen: branches.Chosen,
+    layout: Layout,
+    heads: int,
+    norm: nn.LayerNorm,
+    qkv: nn.Linear,
+    proj: nn.Linear,
+    gamma: Tensor | None,
+) -> Tensor | None:
+    """Return the tokens with the branch of the chosen rows added to these; None if that wants other ways.
+
+    ``layout``: that of the chosen rows. Ask :func:`applies` first.
+    """
+    also, keep = (norm.weight, norm.bias, *([] if gamma is None else [gamma])), frugal.keeps(qkv, proj)
+    even = tokens.shape[-1] // heads % 2 == 0
+    if not (even and branches.applies(tokens, qkv, proj, also=also, parts=3) and chosen.fit(tokens)):
+        return None
+    return branches.attention_branch(tokens, layout, heads, norm, qkv, proj, gamma, True, keep, chosen)
+
+
 def applies(tokens: Tensor, qkv: nn.Linear, proj: nn.Linear, also: Iterable[Tensor] = ()) -> bool:
     """Return whether the branch may run here: on a CPU, not compiled, all of it trained or nothing."""
     here = tokens.device.type == "cpu" and not torch.compiler.is_compiling()

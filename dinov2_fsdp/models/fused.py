@@ -316,7 +316,7 @@ def laid_out(matrices: Tensor) -> Tensor:
 def take_rows(tensor: Tensor, rows: Tensor, factors: Tensor | None = None) -> Tensor:
     """Return the rows ``rows`` (int64) of a matrix, times ``factors`` ``(len(rows), 1)`` of its type if given."""
     library = _library(tensor, dim=2)
-    if library is None or not _are_rows(rows, tensor):
+    if library is None or not are_rows(rows, tensor):
         taken = tensor.index_select(0, rows)
         return taken if factors is None else taken.mul_(factors)
     out, by = tensor.new_empty(len(rows), tensor.shape[1]), _factors(factors)
@@ -328,7 +328,7 @@ def take_rows(tensor: Tensor, rows: Tensor, factors: Tensor | None = None) -> Te
 def add_to_rows(base: Tensor, rows: Tensor, added: Tensor, factors: Tensor | None = None) -> Tensor:
     """Return ``base`` ``(n, dim)`` with ``added · factors`` added to its rows ``rows``, which are distinct."""
     library = _library(base, added, dim=2)
-    if library is None or not _are_rows(rows, base) or added.shape != (len(rows), base.shape[1]):
+    if library is None or not are_rows(rows, base) or added.shape != (len(rows), base.shape[1]):
         kept = base.index_select(0, rows)
         # Copying the sums in place of adding at an index gives the same values without atomics.
         return base.index_copy(0, rows, kept + added if factors is None else torch.addcmul(kept, added, factors))
@@ -338,7 +338,7 @@ def add_to_rows(base: Tensor, rows: Tensor, added: Tensor, factors: Tensor | Non
     return out
 
 
-def _are_rows(rows: Tensor, matrix: Tensor) -> bool:
+def are_rows(rows: Tensor, matrix: Tensor) -> bool:
     """Return whether compiled code can follow these indices; torch says what is wrong with others."""
     if not (has_memory(rows) and rows.dtype == torch.int64 and rows.is_contiguous() and len(rows)):
         return False

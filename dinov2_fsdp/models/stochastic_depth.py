@@ -73,14 +73,22 @@ def draw_plan(layout: Layout, depth: int, drop: float, rng: np.random.Generator)
 
 
 def add_residual(
-    tokens: Tensor, layout: Layout, branch: Callable[[Tensor, Layout, bool], Tensor], subset: Subset | None
+    tokens: Tensor,
+    layout: Layout,
+    branch: Callable[[Tensor, Layout, bool], Tensor],
+    subset: Subset | None,
+    at_once: Callable[[Tensor, Subset], Tensor | None] | None = None,
 ) -> Tensor:
     """Return ``tokens + branch(tokens)``, the branch computed and scaled on ``subset`` alone if there is one.
 
-    ``branch(tokens, layout, onto)`` adds what it returns to its tokens itself, if ``onto``.
+    Args:
+        branch: ``branch(tokens, layout, onto)`` adds what it returns to its tokens itself, if ``onto``.
+        at_once: ``at_once(tokens, subset)`` does all of this, or returns None where it cannot.
     """
     if subset is None:
         return branch(tokens, layout, True)
+    if at_once is not None and (done := at_once(tokens, subset)) is not None:
+        return done
     if torch.compiler.is_compiling():  # which does not follow the way of the gradient below
         kept = tokens.index_select(0, subset.rows)
     else:

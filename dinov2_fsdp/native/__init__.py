@@ -48,18 +48,22 @@ _ARGUMENTS = {
 _WITH_AVX512 = {
     "attention": (_INT, _POINTER, *[_INDEX] * 4, _FLOAT, _POINTER),
     "attention_backward": (_INT, _POINTER, _POINTER, *[_INDEX] * 4, _FLOAT, _POINTER),
-    "norm_linear": (_INT, _POINTER, *[_INDEX] * 2, *[_POINTER] * 2, _FLOAT, *[_POINTER] * 2, _INDEX, *[_POINTER] * 3),
-    "norm_linear_backward": (_INT, *[_POINTER] * 2, *[_INDEX] * 3, *[_POINTER] * 11),
-    "scaled_linear": (_INT, _POINTER, *[_INDEX] * 2, *[_POINTER] * 3, _INDEX, *[_POINTER] * 2),
-    "scaled_linear_backward": (_INT, *[_POINTER] * 2, *[_INDEX] * 2, *[_POINTER] * 3, _INDEX, *[_POINTER] * 4),
+    "norm_linear": (
+        *(_INT, *[_POINTER] * 3, *[_INDEX] * 2, *[_POINTER] * 2, _FLOAT, *[_POINTER] * 2, _INDEX),
+        *[_POINTER] * 3,
+    ),
+    "norm_linear_backward": (_INT, *[_POINTER] * 3, *[_INDEX] * 3, *[_POINTER] * 11),
+    "scaled_linear": (_INT, _POINTER, *[_INDEX] * 2, *[_POINTER] * 3, _INDEX, *[_POINTER] * 4),
+    "scaled_linear_backward": (_INT, *[_POINTER] * 4, *[_INDEX] * 2, *[_POINTER] * 3, _INDEX, *[_POINTER] * 4),
+    "copy_others": (_INT, _POINTER, *[_INDEX] * 2, _POINTER, _INDEX, _POINTER),
     "crops": (_POINTER, _INDEX, _INDEX, _POINTER),
     "product_of_rows": (_INT, *[_POINTER] * 2, *[_INDEX] * 3, _POINTER),
     "feed_forward": (
-        *(_INT, _POINTER, *[_INDEX] * 3, *[_POINTER] * 2, _FLOAT, *[_POINTER] * 5, _INT),
+        *(_INT, *[_POINTER] * 4, *[_INDEX] * 3, *[_POINTER] * 2, _FLOAT, *[_POINTER] * 5, _INT),
         *[_POINTER] * 4,
     ),
     "feed_forward_backward": (
-        *(_INT, *[_POINTER] * 2, *[_INDEX] * 3, *[_POINTER] * 6, _INT, *[_POINTER] * 3),
+        *(_INT, *[_POINTER] * 4, *[_INDEX] * 3, *[_POINTER] * 6, _INT, *[_POINTER] * 3),
         *[_POINTER] * 8,
     ),
 }

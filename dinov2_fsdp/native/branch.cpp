@@ -153,6 +153,40 @@ inline void norm_row_backward(const float* gradient, const T* in, const float* w
   for (Index i = 0; i < count; i += kPanel) store(of_value(i), of_value(i + 16), out + i);
 }
 
+// ---- Some rows of a matrix, as stochastic depth keeps them.
+
+// Which rows a branch runs on, and what its results are multiplied by; null for all, each times one.
+struct Chosen {
+  const Index* at;
+  const float* factors;
+  Index operator[](Index row) const { return at ? at[row] : row; }
+};
+
+// A block of the chosen rows, in `copy` if they may lie anywhere; `scaled`: times their factors.
+template <typename T>
+inline const T* block_of(const T* matrix, Index dim, const Chosen& chosen, Index first, Index some, bool scaled, T* copy) {
+  if (!chosen.at) return matrix + first * dim;
+  for (Index row = first; row < first + some; ++row) {
+    const T* from = matrix + chosen.at[row] * dim;
+    T* to = copy + (row - first) * dim;
+    const __m512 factor = _mm512_set1_ps(scaled ? chosen.factors[row] : 1.0f);
+    for (Index i = 0; i < dim; i += kPanel)  // a row is a multiple of it
+      store(_mm512_mul_ps(load(from + i), factor), _mm512_mul_ps(load(from + i + 16), factor), to + i);
+  }
+  return copy;
+}
+
+// Copies all rows but the chosen ones.
+template <typename T>
+void copy_others(const T* in, Index all, Index dim, const Index* rows, Index count, T* out) {
+  const Scratch<char> is_chosen(all);
+  std::fill(is_chosen.get(), is_chosen.get() + all, char{0});
+  for (Index k = 0; k < count; ++k) is_chosen.get()[rows[k]] = 1;
+#pragma omp parallel for schedule(static)
+  for (Index row = 0; row < all; ++row)
+    if (!is_chosen.get()[row]) std::memcpy(out + row * dim, in + row * dim, static_cast<std::size_t>(dim) * sizeof(T));
+}
+
 // ---- Sums over rows.
 
 // What blocks of rows add up each by itself; `columns` sums a block.
@@ -280,10 +314,10 @@ inline void norm_block(const T* tokens, Index rows, Index dim, const Norm& norm,
   }
 }
 
-// out = linear(norm(tokens))
+// out = linear(norm(tokens)); of chosen rows, which are copied to `taken`.
 template <typename T, typename C>
-void norm_linear(const T* tokens, Index rows, Index dim, Norm norm, const T* weight, const float* bias, Index width,
-                 T* out, float* means, float* scales) {
+void norm_linear(const T* tokens, Chosen chosen, T* taken, Index rows, Index dim, Norm norm, const T* weight,
+                 const float* bias, Index width, T* out, float* means, float* scales) {
   const Scratch<C> panels(dim * width);
 #pragma omp parallel
   {
@@ -293,7 +327,8 @@ void norm_linear(const T* tokens, Index rows, Index dim, Norm norm, const T* wei
 #pragma omp for schedule(dynamic)
     for (Index first = 0; first < rows; first += kBlock<C>) {
       const Index some = std::min(kBlock<C>, rows - first);
-      norm_block(tokens + first * dim, some, dim, norm, means + first, scales + first, normed.get());
+      const T* here = block_of(tokens, dim, chosen, first, some, false, chosen.at ? taken + first * dim : nullptr);
+      norm_block(here, some, dim, norm, means + first, scales + first, normed.get());
       by_panels(some, width, dim, Left<C>{normed.get(), dim}, panels.get(), 
                 [&](Index p, float* found, Index from, Index to) {
         const __m512 added[2] = {load(bias + p * kPanel), load(bias + p * kPanel + 16)};
@@ -305,30 +340,31 @@ void norm_linear(const T* tokens, Index rows, Index dim, Norm norm, const T* wei
   }
 }
 
-// One panel's part of a result: + bias · factor + onto.
+// One panel's part of a result: (+ bias · factor) · the chosen row's factor + onto, which stands block by block, to the
+// chosen row.
 template <typename T>
 inline void write_linear(const float* found, Index from, Index to, Index p, const float* bias, const float* factor,
-                         Index first, Index dim, const T* onto, T* out) {
+                         Index first, Index dim, const T* onto, const Chosen& chosen, T* out) {
   __m512 added[2];
   for (Index v = 0; v < 2; ++v) {
     added[v] = load(bias + p * kPanel + 16 * v);
     if (factor) added[v] = _mm512_mul_ps(added[v], load(factor + p * kPanel + 16 * v));
   }
   for (Index row = from; row < to; ++row) {
-    const Index at = (first + row) * dim + p * kPanel;
+    const __m512 times = _mm512_set1_ps(chosen.at ? chosen.factors[first + row] : 1.0f);
     __m512 x[2];
     for (Index v = 0; v < 2; ++v) {
       x[v] = _mm512_add_ps(load(found + row * kPanel + 16 * v), added[v]);
-      if (onto) x[v] = _mm512_add_ps(x[v], load(onto + at + 16 * v));
+      if (onto) x[v] = _mm512_fmadd_ps(x[v], times, load(onto + (first + row) * dim + p * kPanel + 16 * v));
     }
-    store(x[0], x[1], out + at);
+    store(x[0], x[1], out + chosen[first + row] * dim + p * kPanel);
   }
 }
 
-// out = linear(in) · factor + onto, if there are these
+// out = linear(in) · factor + onto, if there are these; chosen rows of `out`, if any are, and with `onto` alone.
 template <typename T, typename C>
 void scaled_linear(const T* in, Index rows, Index width, const T* weight, const float* bias, const float* factor,
-                   Index dim, const T* onto, T* out) {
+                   Index dim, const T* onto, Chosen chosen, T* out) {
   const Scratch<C> panels(dim * width);
 #pragma omp parallel
   {
@@ -341,18 +377,20 @@ void scaled_linear(const T* in, Index rows, Index width, const T* weight, const 
       const C* left = as_multiplied(in + first * width, some * width, copy.get());
       by_panels(some, dim, width, Left<C>{left, width}, panels.get(), 
                 [&](Index p, float* found, Index from, Index to) {
-        write_linear(found, from, to, p, bias, factor, first, dim, onto, out);
+        write_linear(found, from, to, p, bias, factor, first, dim, onto, chosen, out);
       });
     }
   }
 }
 
 // out = linear2(GELU(linear1(norm(tokens)))) · factor, + tokens if `onto`; kept: what linear1 gave, by blocks and panels.
+// Of chosen rows, which are copied to `taken`, `onto` them: `out` may be `tokens`.
 template <typename T, typename C>
-void feed_forward(const T* tokens, Index rows, Index dim, Index width, Norm norm, const T* weight1, const float* bias1,
-                  const T* weight2, const float* bias2, const float* factor, bool onto, T* out, T* kept, float* means,
-                  float* scales) {
+void feed_forward(const T* tokens, Chosen chosen, T* taken, Index rows, Index dim, Index width, Norm norm,
+                  const T* weight1, const float* bias1, const T* weight2, const float* bias2, const float* factor,
+                  bool onto, T* out, T* kept, float* means, float* scales) {
   const Scratch<C> panels1(dim * width), panels2(dim * width);
+  const T* added = !onto ? nullptr : chosen.at ? taken : tokens;
 #pragma omp parallel
   {
     [[maybe_unused]] const InUse<C> in_use;
@@ -362,7 +400,8 @@ void feed_forward(const T* tokens, Index rows, Index dim, Index width, Norm norm
 #pragma omp for schedule(dynamic)
     for (Index first = 0; first < rows; first += kBlock<C>) {
       const Index some = std::min(kBlock<C>, rows - first);
-      norm_block(tokens + first * dim, some, dim, norm, means + first, scales + first, normed.get());
+      const T* here = block_of(tokens, dim, chosen, first, some, false, chosen.at ? taken + first * dim : nullptr);
+      norm_block(here, some, dim, norm, means + first, scales + first, normed.get());
       by_panels(some, width, dim, Left<C>{normed.get(), dim}, panels1.get(), 
                 [&](Index p, float* found, Index from, Index to) {
         C* target = activated.get() + p * kBlock<C> * kPanel;
@@ -379,7 +418,7 @@ void feed_forward(const T* tokens, Index rows, Index dim, Index width, Norm norm
       });
       by_panels(some, dim, width, Left<C>{activated.get(), kPanel, kBlock<C> * kPanel}, panels2.get(),
               [&](Index p, float* found, Index from, Index to) {
-                write_linear(found, from, to, p, bias2, factor, first, dim, onto ? tokens : nullptr, out);
+                write_linear(found, from, to, p, bias2, factor, first, dim, added, chosen, out);
               });
     }
   }
@@ -410,6 +449,7 @@ inline void finish_scaled(const float* total, const float* bias, const float* fa
 template <typename T, typename C>
 struct NormBackward {
   const T* tokens;
+  Chosen chosen;  // of `onto` and `of_tokens`, which may be the same
   Index dim;
   Norm norm;
   const float *means, *scales;
@@ -432,7 +472,7 @@ struct NormBackward {
     });
     for (Index row = first; row < first + some; ++row)
       norm_row_backward(of_normed + (row - first) * dim, tokens + row * dim, norm.weight, dim, means[row], scales[row],
-                        onto ? onto + row * dim : nullptr, sums, sums + dim, of_tokens + row * dim);
+                        onto ? onto + chosen[row] * dim : nullptr, sums, sums + dim, of_tokens + chosen[row] * dim);
   }
 };
 
@@ -444,9 +484,9 @@ inline void add_rows(const T* in, Index rows, Index columns, float* __restrict s
   }
 }
 
-// The gradients of `feed_forward`.
+// The gradients of `feed_forward`. With chosen rows `tokens` are those that were taken.
 template <typename T, typename C>
-void feed_forward_backward(const T* gradient, const T* tokens, Index rows, Index dim, Index width, Norm norm,
+void feed_forward_backward(const T* gradient, Chosen chosen, const T* tokens, Index rows, Index dim, Index width, Norm norm,
                            const T* weight1, const T* weight2, const float* bias2, const float* factor, bool onto,
                            const T* kept, const float* means, const float* scales, T* of_tokens, OfNormLinear of_first,
                            OfScaled of_second) {
@@ -454,7 +494,7 @@ void feed_forward_backward(const T* gradient, const T* tokens, Index rows, Index
   const Scratch<C> panels1(dim * width), panels2(dim * width);
   const OfWeight<C> weight1_sums(depth, dim, width), weight2_sums(depth, dim, width);
   const BlockSums sums(blocks, width + 3 * dim);
-  const NormBackward<T, C> back = {tokens, dim, norm, means, scales, onto ? gradient : nullptr, of_tokens,
+  const NormBackward<T, C> back = {tokens, chosen, dim, norm, means, scales, onto ? gradient : nullptr, of_tokens,
                                    weight1_sums};
 #pragma omp parallel
   {
@@ -465,12 +505,13 @@ void feed_forward_backward(const T* gradient, const T* tokens, Index rows, Index
     constexpr bool kPairs = !std::is_same_v<C, float>;
     const Scratch<C> copy(std::is_same_v<T, C> ? 1 : kBlock<C> * dim), by_rows(kPairs ? kBlock<C> * width : 1);
     const Scratch<float> normed(kBlock<C> * dim);
+    const Scratch<T> taken(chosen.at ? kBlock<C> * dim : 1);
     for (Index start = 0; start < rows; start += depth) {
       const Index count = std::min(depth, rows - start);
 #pragma omp for schedule(dynamic)
       for (Index at = 0; at < count; at += kBlock<C>) {
         const Index first = start + at, some = std::min(kBlock<C>, rows - first);
-        const T* of_out = gradient + first * dim;
+        const T* of_out = block_of(gradient, dim, chosen, first, some, true, taken.get());
         float* of_bias1 = sums.of(at / kBlock<C>);
         add_rows(of_out, some, dim, of_bias1 + width);
         lay_out_groups(of_out, dim, some, dim, depth, weight2_sums.groups(at));
@@ -525,16 +566,16 @@ void feed_forward_backward(const T* gradient, const T* tokens, Index rows, Index
   finish_scaled(total.get(), bias2, factor, dim, of_second);
 }
 
-// The gradients of `norm_linear`, + `onto` if that is given.
+// The gradients of `norm_linear`, + `onto` if that is given. With chosen rows `tokens` are those that were taken.
 template <typename T, typename C>
-void norm_linear_backward(const C* gradient, const T* tokens, Index rows, Index dim, Index width, Norm norm,
+void norm_linear_backward(const C* gradient, const T* tokens, Chosen chosen, Index rows, Index dim, Index width, Norm norm,
                           const T* weight, const float* means, const float* scales, const T* onto, T* of_tokens,
                           OfNormLinear of) {
   const Index blocks = blocks_at_a_time<C>(rows), depth = blocks * kBlock<C>;
   const Scratch<C> panels(dim * width);
   const OfWeight<C> weight_sums(depth, dim, width);
   const BlockSums sums(blocks, width + 2 * dim);
-  const NormBackward<T, C> back = {tokens, dim, norm, means, scales, onto, of_tokens, weight_sums};
+  const NormBackward<T, C> back = {tokens, chosen, dim, norm, means, scales, onto, of_tokens, weight_sums};
 #pragma omp parallel
   {
     [[maybe_unused]] const InUse<C> in_use;
@@ -565,7 +606,7 @@ void norm_linear_backward(const C* gradient, const T* tokens, Index rows, Index 
 
 // The gradients of `scaled_linear`.
 template <typename T, typename C>
-void scaled_linear_backward(const T* gradient, const T* in, Index rows, Index width, const T* weight,
+void scaled_linear_backward(const T* gradient, Chosen chosen, const T* in, Index rows, Index width, const T* weight,
                             const float* bias, const float* factor, Index dim, C* of_in, OfScaled of) {
   const Index blocks = blocks_at_a_time<C>(rows), depth = blocks * kBlock<C>;
   const Scratch<C> panels(dim * width);
@@ -576,12 +617,13 @@ void scaled_linear_backward(const T* gradient, const T* in, Index rows, Index wi
     [[maybe_unused]] const InUse<C> in_use;
     pack_backward(weight, dim, width, factor, panels.get());
     const Scratch<C> copy(std::is_same_v<T, C> ? 1 : kBlock<C> * dim);
+    const Scratch<T> taken(chosen.at ? kBlock<C> * dim : 1);
     for (Index start = 0; start < rows; start += depth) {
       const Index count = std::min(depth, rows - start);
 #pragma omp for schedule(dynamic)
       for (Index at = 0; at < count; at += kBlock<C>) {
         const Index first = start + at, some = std::min(kBlock<C>, rows - first);
-        const T* of_out = gradient + first * dim;
+        const T* of_out = block_of(gradient, dim, chosen, first, some, true, taken.get());
         add_rows(of_out, some, dim, sums.of(at / kBlock<C>));
         lay_out_groups(of_out, dim, some, dim, depth, weight_sums.groups(at));
         lay_out<kPanel>(in + first * width, width, some, width, depth, weight_sums.panels(at));
@@ -631,35 +673,47 @@ void product_of_rows(const T* left, const T* right, Index rows, Index narrow, In
 
 // `how` says it of tensors; biases, factors, norms' parameters, statistics and their gradients are in single precision.
 // The gradients in what stands between the two layers of attention have the type that is multiplied.
-EXPORT void dinov2_norm_linear(int how, const void* tokens, Index rows, Index dim, const float* norm_weight,
-                               const float* norm_bias, float epsilon, const void* weight, const float* bias,
-                               Index width, void* out, float* means, float* scales) {
+// `at`: which `rows` of a longer matrix are meant, times `factors`; without it all of them. `taken`: their copy.
+EXPORT void dinov2_norm_linear(int how, const void* tokens, const Index* at, void* taken, Index rows, Index dim,
+                               const float* norm_weight, const float* norm_bias, float epsilon, const void* weight,
+                               const float* bias, Index width, void* out, float* means, float* scales) {
   const Norm norm = {norm_weight, norm_bias, epsilon};
-  MULTIPLY(norm_linear, IN(tokens), rows, dim, norm, IN(weight), bias, width, OUT(out), means, scales)
+  const Chosen chosen = {at, nullptr};
+  MULTIPLY(norm_linear, IN(tokens), chosen, OUT(taken), rows, dim, norm, IN(weight), bias, width, OUT(out), means, scales)
 }
 
-EXPORT void dinov2_norm_linear_backward(int how, const void* gradient, const void* tokens, Index rows, Index dim,
-                                        Index width, const float* norm_weight, const float* norm_bias,
+EXPORT void dinov2_norm_linear_backward(int how, const void* gradient, const void* tokens, const Index* at, Index rows,
+                                        Index dim, Index width, const float* norm_weight, const float* norm_bias,
                                         const void* weight, const float* means, const float* scales, const void* onto,
                                         void* of_tokens, float* of_norm_weight, float* of_norm_bias, void* of_weight,
                                         float* of_bias) {
   const Norm norm = {norm_weight, norm_bias, 0.0f};
   const OfNormLinear of = {of_norm_weight, of_norm_bias, of_weight, of_bias};
-  MULTIPLY(norm_linear_backward, BETWEEN(gradient), IN(tokens), rows, dim, width, norm, IN(weight), means, scales, IN(onto),
-         OUT(of_tokens), of)
+  const Chosen chosen = {at, nullptr};
+  MULTIPLY(norm_linear_backward, BETWEEN(gradient), IN(tokens), chosen, rows, dim, width, norm, IN(weight), means,
+           scales, IN(onto), OUT(of_tokens), of)
 }
 
 EXPORT void dinov2_scaled_linear(int how, const void* in, Index rows, Index width, const void* weight,
-                                 const float* bias, const float* factor, Index dim, const void* onto, void* out) {
-  MULTIPLY(scaled_linear, IN(in), rows, width, IN(weight), bias, factor, dim, IN(onto), OUT(out))
+                                 const float* bias, const float* factor, Index dim, const void* onto, const Index* at,
+                                 const float* factors, void* out) {
+  const Chosen chosen = {at, factors};
+  MULTIPLY(scaled_linear, IN(in), rows, width, IN(weight), bias, factor, dim, IN(onto), chosen, OUT(out))
 }
 
-EXPORT void dinov2_scaled_linear_backward(int how, const void* gradient, const void* in, Index rows, Index width,
-                                          const void* weight, const float* bias, const float* factor, Index dim,
-                                          void* of_in, void* of_weight, float* of_bias, float* of_factor) {
+EXPORT void dinov2_scaled_linear_backward(int how, const void* gradient, const Index* at, const float* factors,
+                                          const void* in, Index rows, Index width, const void* weight,
+                                          const float* bias, const float* factor, Index dim, void* of_in,
+                                          void* of_weight, float* of_bias, float* of_factor) {
   const OfScaled of = {of_weight, of_bias, of_factor};
-  MULTIPLY(scaled_linear_backward, IN(gradient), IN(in), rows, width, IN(weight), bias, factor, dim,
+  const Chosen chosen = {at, factors};
+  MULTIPLY(scaled_linear_backward, IN(gradient), chosen, IN(in), rows, width, IN(weight), bias, factor, dim,
            BETWEEN_OUT(of_in), of)
+}
+
+// out = `in`, (all, dim), but for these rows, which are left as they are
+EXPORT void dinov2_copy_others(int half, const void* in, Index all, Index dim, const Index* rows, Index count, void* out) {
+  CALL(copy_others, IN(in), all, dim, rows, count, OUT(out))
 }
 
 EXPORT void dinov2_product_of_rows(int how, const void* left, const void* right, Index rows, Index narrow, Index wide,
@@ -667,27 +721,30 @@ EXPORT void dinov2_product_of_rows(int how, const void* left, const void* right,
   MULTIPLY(product_of_rows, IN(left), IN(right), rows, narrow, wide, OUT(out))
 }
 
-EXPORT void dinov2_feed_forward(int how, const void* tokens, Index rows, Index dim, Index width,
-                                const float* norm_weight, const float* norm_bias, float epsilon, const void* weight1,
-                                const float* bias1, const void* weight2, const float* bias2, const float* factor,
-                                int onto, void* out, void* kept, float* means, float* scales) {
+EXPORT void dinov2_feed_forward(int how, const void* tokens, const Index* at, const float* factors, void* taken,
+                                Index rows, Index dim, Index width, const float* norm_weight, const float* norm_bias,
+                                float epsilon, const void* weight1, const float* bias1, const void* weight2,
+                                const float* bias2, const float* factor, int onto, void* out, void* kept, float* means,
+                                float* scales) {
   const Norm norm = {norm_weight, norm_bias, epsilon};
-  MULTIPLY(feed_forward, IN(tokens), rows, dim, width, norm, IN(weight1), bias1, IN(weight2), bias2, factor, onto != 0,
-         OUT(out), OUT(kept), means, scales)
+  const Chosen chosen = {at, factors};
+  MULTIPLY(feed_forward, IN(tokens), chosen, OUT(taken), rows, dim, width, norm, IN(weight1), bias1, IN(weight2), bias2,
+           factor, onto != 0, OUT(out), OUT(kept), means, scales)
 }
 
-EXPORT void dinov2_feed_forward_backward(int how, const void* gradient, const void* tokens, Index rows, Index dim,
-                                         Index width, const float* norm_weight, const float* norm_bias,
-                                         const void* weight1, const void* weight2, const float* bias2,
-                                         const float* factor, int onto, const void* kept, const float* means,
-                                         const float* scales, void* of_tokens, float* of_norm_weight,
-                                         float* of_norm_bias, void* of_weight1, float* of_bias1, void* of_weight2,
-                                         float* of_bias2, float* of_factor) {
+EXPORT void dinov2_feed_forward_backward(int how, const void* gradient, const Index* at, const float* factors,
+                                         const void* tokens, Index rows, Index dim, Index width,
+                                         const float* norm_weight, const float* norm_bias, const void* weight1,
+                                         const void* weight2, const float* bias2, const float* factor, int onto,
+                                         const void* kept, const float* means, const float* scales, void* of_tokens,
+                                         float* of_norm_weight, float* of_norm_bias, void* of_weight1, float* of_bias1,
+                                         void* of_weight2, float* of_bias2, float* of_factor) {
   const Norm norm = {norm_weight, norm_bias, 0.0f};
   const OfNormLinear of_first = {of_norm_weight, of_norm_bias, of_weight1, of_bias1};
   const OfScaled of_second = {of_weight2, of_bias2, of_factor};
-  MULTIPLY(feed_forward_backward, IN(gradient), IN(tokens), rows, dim, width, norm, IN(weight1), IN(weight2), bias2,
-         factor, onto != 0, IN(kept), means, scales, OUT(of_tokens), of_first, of_second)
+  const Chosen chosen = {at, factors};
+  MULTIPLY(feed_forward_backward, IN(gradient), chosen, IN(tokens), rows, dim, width, norm, IN(weight1), IN(weight2),
+           bias2, factor, onto != 0, IN(kept), means, scales, OUT(of_tokens), of_first, of_second)
 }
 
 #endif
