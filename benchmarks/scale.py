@@ -33,12 +33,13 @@ from ledger import Ledger, Page, record_step, trace_step
 
 from dinov2_fsdp.config import Config, load
 from dinov2_fsdp.errors import Parser, UserError, run_cli
-from dinov2_fsdp.footprint import footprint, state_shares, traffic
+from dinov2_fsdp.footprint import footprint
 from dinov2_fsdp.models import frugal
 from dinov2_fsdp.parallel.place import Place, place_from_environment
 from dinov2_fsdp.parallel.world import end_world, start_world
 from dinov2_fsdp.ssl import losses
 from dinov2_fsdp.train import train
+from dinov2_fsdp.units import state_shares, traffic
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [

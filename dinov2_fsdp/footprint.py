@@ -1,19 +1,18 @@
-"""What a step holds in memory and sends between ranks, estimated before it starts. No torch.
+"""What a step holds in memory, estimated before it starts. No torch.
 
 The formulas follow what the code keeps: :mod:`dinov2_fsdp.models.frugal` and its neighbour for the branches,
-:mod:`dinov2_fsdp.ssl.losses` for the logits, FSDP's units for gathered weights. The tests hold them against what
-autograd keeps in a real step, and against a whole step of 128 ranks traced on one (``benchmarks/scale.py``).
+:mod:`dinov2_fsdp.ssl.losses` for the logits, :mod:`dinov2_fsdp.units` for gathered weights. The tests hold them against
+what autograd keeps in a real step, and against a whole step of 128 ranks traced on one (``benchmarks/scale.py``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from dinov2_fsdp.config import Config, HeadConfig, frees_gathered, microbatches_per_rank, width_depth_heads
-from dinov2_fsdp.counts import BYTES_PER_WEIGHT, count_parameters, ffn_widths, masked_patches, state_bytes
+from dinov2_fsdp.counts import BYTES_PER_WEIGHT, count_parameters, ffn_widths, masked_patches
+from dinov2_fsdp.units import BYTES, padded_units, size_of, state_shares
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 CHECKPOINTED = {"none": 0, "selective": 2, "full": 1}
 """Every how many blocks one is recomputed in the backward pass."""
 MATH_LONGEST = 512
@@ -50,185 +49,163 @@ class Footprint:
 
 def footprint(config: Config, processes: int, kind: str) -> Footprint:
     """Return what a rank of ``processes`` on ``kind`` (cpu, cuda) holds where it is most."""
-    return max(_moments(config, processes, kind), key=lambda moment: moment.total)
+    return max(_Step(config, processes, kind).moments(), key=lambda moment: moment.total)
 
 
-def _moments(config: Config, processes: int, kind: str) -> list[Footprint]:
-    """Return the moments of a step at which a rank may hold most.
+class _Step:
+    """A step's last microbatch, when the gradients of the others have been added up.
 
-    Sinkhorn's targets; and of the last microbatch, when the gradients of the others have been added up, the forward
-    pass's last block, end, and start of a second head, the losses behind it, and of the backward pass each loss, each
-    head's prototypes and the exchange of its gradients, the last attention branch, the one before it (the last
-    feed-forward branch sees few tokens), the end. Several blocks' gradients that are exchanged at once count as one's.
+    Several blocks' gradients that are exchanged at once count as one's.
     """
-    microbatches, depth = microbatches_per_rank(config, processes), width_depth_heads(config.model)[1]
-    shards, shares = max(1, processes // config.parallel.replicate), state_shares(config, processes)
-    states = sum(shares.values()) - shares["gradients"]
-    units = _padded_units(config, shards)
-    gathered = {name: count * _size(config, name) for name, count in units.items()}
-    heads = {"dino": config.dino_head, "ibot": config.ibot_head} if "ibot" in units else {"dino": config.dino_head}
-    sums = BYTES[config.parallel.reduce_precision]
-    # Without their exchange FSDP adds the microbatches' gradients up whole, in the precision they are reduced in.
-    whole = count_parameters(config).total * sums if microbatches > 1 else 0
-    # One unit's whole gradients wait to be reduced while those of the next are computed.
-    reduced = {name: 0 if whole else units[name] * sums for name in units}
-    freed = frees_gathered(config.parallel, shards, kind)
-    kept_blocks = 0 if freed else depth * gathered["block"]
-    kept = kept_blocks + (0 if freed else sum(gathered[name] for name in heads))
-    # The blocks at work and those that are gathered ahead of them; a rank that has all weights copies each as it comes.
-    prefetch = max(1, config.parallel.prefetch) if shards > 1 else 0
-    of_unit = min(config.parallel.blocks_per_unit, depth)
-    ahead = min(of_unit * (1 + prefetch), depth)
-    of_last_unit = (depth - 1) % of_unit + 1
-    crops = sum(count * 3 * side**2 for count, side in _crops(config))
-    targets, size = _targets_bytes(config, microbatches), _size(config, "dino")
-    usual = Footprint(
-        states=states,
-        gradients=whole,
-        gathered=gathered["root"] + kept,
-        activations=activation_bytes(config, kind) + microbatches * crops,
-        logits=targets,
-        working=0,
-    )
-    logits = float(logits_bytes(config) - _targets_bytes(config, 1) + targets)
-    losses = _losses(config)
-    few = [4 * min(LOGITS_AT_A_TIME[kind], loss.largest * loss.head.prototypes) for loss in losses]
-    last = gathered["ibot" if "ibot" in heads else "dino"]
-    # Crops are in float32 and, next to that, in the precision of the step.
-    forward = replace(usual, activations=usual.activations + (4 + (size if size < 4 else 0)) * crops)
 
-    def while_in(unit: int, before: int = 0) -> int:
-        """What is gathered in a unit's forward pass: FSDP has what it gathered last twice, until the next is there."""
-        return usual.gathered + (not kept) * unit + (shards > 1) * (unit + before)
-
-    moments = [
-        Footprint(states, 0, 0, 0, _sinkhorn_bytes(config, microbatches), 0),
-        replace(forward, gathered=while_in(of_last_unit * gathered["block"]) - (kept - kept_blocks)),
-        replace(forward, gathered=while_in(last), logits=int(logits)),
-        # Losses look at a few logits at a time over their temperature, in float32; what was gathered is there once.
-        replace(
-            usual,
-            activations=usual.activations + 4 * crops,
-            logits=int(logits + (2 if size < 4 else 1) * max(few)),
-        ),
-    ]
-    whole_logits, of_logits = logits, 0.0
-    for loss, at_a_time in zip(reversed(losses), reversed(few), strict=True):
-        # The gradients of the losses before wait, as they are joined where both share a head.
-        of_logits += loss.rows * size * loss.head.prototypes
-        moments.append(replace(usual, logits=int(logits), working=int(of_logits + 2 * at_a_time)))
-        if "ibot" in heads:
-            logits -= loss.rows * size * loss.head.prototypes
-    if "ibot" in heads:
-        of_ibot = losses[-1].rows * size * config.ibot_head.prototypes
-        of_ibot += _hidden_bytes(losses[-1], size) + _prototype_bytes(config.ibot_head, size)
-        both = while_in(gathered["ibot"], before=gathered["dino"])
-        moments.append(replace(forward, gathered=both, logits=int(whole_logits - of_ibot)))
-    waiting = int(sum(_hidden_bytes(loss, size) for loss in losses))
-    shares_of = {name: units[name] * BYTES_PER_WEIGHT["gradients"] // shards for name in (*heads, "block")}
-    of_heads, waiting_prototypes = sum(shares_of[name] for name in heads), _prototype_bytes(config.dino_head, size)
-    for name, head in heads.items():
-        # iBOT's turn comes before DINO's.
-        following, before = ("block", "ibot") if name == "dino" else ("dino", "")
-        if kept:
-            at_work = usual.gathered - (gathered["ibot"] if before in heads else 0)
-        else:
-            at_work = usual.gathered + gathered[name] + (prefetch > 0) * gathered[following]
-        moments += [
-            # Three float32 copies of the prototypes, beside those of the forward pass.
-            replace(
-                usual,
-                gathered=at_work,
-                logits=targets + waiting + (4 * head.prototypes * head.bottleneck if size < 4 else 0),
-                working=3 * 4 * head.prototypes * head.bottleneck + reduced.get(before, 0),
-            ),
-            # The exchange of the head's gradients, while what the other exchanged is still there.
-            replace(
-                usual,
-                gathered=at_work,
-                gradients=whole or shares_of[before if before in heads else name],
-                logits=targets + (0 if name == "dino" else int(_hidden_bytes(losses[0], size)) + waiting_prototypes),
-                working=reduced[name] + reduced.get(before, 0),
-            ),
-        ]
-        waiting += _prototype_bytes(head, size)
-    # The heads' backward passes are over, and their weights freed.
-    at_blocks = replace(
-        usual,
-        gradients=whole or of_heads,
-        gathered=gathered["root"] + (kept_blocks or ahead * gathered["block"]),
-    )
-    working = _last_attention_backward_bytes(config, kind) + max(reduced[name] for name in heads)
-    moments.append(replace(at_blocks, working=working))
-    if depth > 1:
-        activations = at_blocks.activations - _kept_by_last_block(config, kind)
-        working = _feed_forward_backward_bytes(config, kind) + reduced["block"]
-        gradients = whole or of_heads + shares_of["block"]
-        moments.append(
-            replace(
-                at_blocks,
-                gradients=gradients,
-                gathered=at_blocks.gathered - (gathered["block"] if kept_blocks and of_last_unit == 1 else 0),
-                activations=activations,
-                working=working,
-            )
+    def __init__(self, config: Config, processes: int, kind: str) -> None:
+        self.config, self.kind = config, kind
+        self.microbatches, self.depth = microbatches_per_rank(config, processes), width_depth_heads(config.model)[1]
+        self.shards = max(1, processes // config.parallel.replicate)
+        self.shares = state_shares(config, processes)
+        units = padded_units(config, self.shards)
+        self.gathered = {name: count * size_of(config, name) for name, count in units.items()}
+        """The bytes of each unit's whole weights."""
+        self.heads = (
+            {"dino": config.dino_head, "ibot": config.ibot_head} if "ibot" in units else {"dino": config.dino_head}
         )
-    moments.append(replace(usual, gradients=max(whole, shares["gradients"]), gathered=gathered["root"], activations=0))
-    return moments
+        sums = BYTES[config.parallel.reduce_precision]
+        # Without their exchange FSDP adds the microbatches' gradients up whole, in the precision they are reduced in.
+        self.whole = count_parameters(config).total * sums if self.microbatches > 1 else 0
+        # One unit's whole gradients wait to be reduced while those of the next are computed.
+        self.reduced = {name: 0 if self.whole else units[name] * sums for name in units}
+        size_of_share = BYTES_PER_WEIGHT["gradients"]
+        self.shares_of = {name: units[name] * size_of_share // self.shards for name in (*self.heads, "block")}
+        freed = frees_gathered(config.parallel, self.shards, kind)
+        self.kept_blocks = 0 if freed else self.depth * self.gathered["block"]
+        self.kept = self.kept_blocks + (0 if freed else sum(self.gathered[name] for name in self.heads))
+        # The blocks at work and those that are gathered ahead of them; a rank that has all weights copies each as it
+        # comes.
+        self.prefetch = max(1, config.parallel.prefetch) if self.shards > 1 else 0
+        of_unit = min(config.parallel.blocks_per_unit, self.depth)
+        self.ahead = min(of_unit * (1 + self.prefetch), self.depth)
+        self.of_last_unit = (self.depth - 1) % of_unit + 1
+        self.crops = sum(count * 3 * side**2 for count, side in _crops(config))
+        self.targets, self.size = _targets_bytes(config, self.microbatches), size_of(config, "dino")
+        self.losses = _losses(config)
+        self.usual = Footprint(
+            states=sum(self.shares.values()) - self.shares["gradients"],
+            gradients=self.whole,
+            gathered=self.gathered["root"] + self.kept,
+            activations=activation_bytes(config, kind) + self.microbatches * self.crops,
+            logits=self.targets,
+            working=0,
+        )
+        self.logits = float(logits_bytes(config) - _targets_bytes(config, 1) + self.targets)
 
+    def moments(self) -> list[Footprint]:
+        """Return the moments at which a rank may hold most."""
+        sinkhorn = Footprint(self.usual.states, 0, 0, 0, _sinkhorn_bytes(self.config, self.microbatches), 0)
+        return [sinkhorn, *self._in_forward(), *self._in_losses(), *self._in_heads(), *self._in_blocks()]
 
-def _size(config: Config, unit: str) -> int:
-    """Return the bytes of a number in the precision that a unit computes in."""
-    precision = config.train.precision
-    return BYTES[config.parallel.heads_precision or precision if unit in ("dino", "ibot") else precision]
+    def _while_in(self, unit: int, before: int = 0) -> int:
+        """What is gathered in a unit's forward pass: FSDP has what it gathered last twice, until the next is there."""
+        return self.usual.gathered + (not self.kept) * unit + (self.shards > 1) * (unit + before)
 
+    def _in_forward(self) -> list[Footprint]:
+        """The forward pass's last block, its end, and the start of a second head."""
+        # Crops are in float32 and, next to that, in the precision of the step.
+        crops = (4 + (self.size if self.size < 4 else 0)) * self.crops
+        forward = replace(self.usual, activations=self.usual.activations + crops)
+        in_block = self._while_in(self.of_last_unit * self.gathered["block"]) - (self.kept - self.kept_blocks)
+        last = self.gathered["ibot" if "ibot" in self.heads else "dino"]
+        moments = [
+            replace(forward, gathered=in_block),
+            replace(forward, gathered=self._while_in(last), logits=int(self.logits)),
+        ]
+        if "ibot" in self.heads:
+            loss, head = self.losses[-1], self.config.ibot_head
+            of_ibot = loss.rows * self.size * head.prototypes
+            of_ibot += _hidden_bytes(loss, self.size) + _prototype_bytes(head, self.size)
+            both = self._while_in(self.gathered["ibot"], before=self.gathered["dino"])
+            moments.append(replace(forward, gathered=both, logits=int(self.logits - of_ibot)))
+        return moments
 
-def state_shares(config: Config, processes: int) -> dict[str, int]:
-    """Return the bytes of a rank's shares of student, teacher, gradients and optimizer, as FSDP pads them."""
-    shards = max(1, processes // config.parallel.replicate)
-    padded, depth = _padded_units(config, shards), width_depth_heads(config.model)[1]
-    total = sum(padded.values()) + (depth - 1) * padded["block"]
-    return {
-        name: size * total // shards // count_parameters(config).total for name, size in state_bytes(config).items()
-    }
+    def _in_losses(self) -> list[Footprint]:
+        """The losses, and each one's backward pass.
 
+        They look at a few logits at a time over their temperature, in float32; what was gathered is there once.
+        """
+        few = [4 * min(LOGITS_AT_A_TIME[self.kind], loss.largest * loss.head.prototypes) for loss in self.losses]
+        copies = (2 if self.size < 4 else 1) * max(few)
+        activations = self.usual.activations + 4 * self.crops
+        moments = [replace(self.usual, activations=activations, logits=int(self.logits + copies))]
+        logits, of_logits = self.logits, 0.0
+        for loss, at_a_time in zip(reversed(self.losses), reversed(few), strict=True):
+            # The gradients of the losses before wait, as they are joined where both share a head.
+            of_logits += loss.rows * self.size * loss.head.prototypes
+            moments.append(replace(self.usual, logits=int(logits), working=int(of_logits + 2 * at_a_time)))
+            if "ibot" in self.heads:
+                logits -= loss.rows * self.size * loss.head.prototypes
+        return moments
 
-def _padded_units(config: Config, shards: int) -> dict[str, int]:
-    """Return the numbers in each unit of FSDP: root, one block, each head."""
-    return {name: sum(_padded(shape, shards) for shape in shapes) for name, shapes in _units(config, shards).items()}
+    def _in_heads(self) -> list[Footprint]:
+        """Of each head's backward pass its prototypes and the exchange of its gradients."""
+        waiting, moments = int(sum(_hidden_bytes(loss, self.size) for loss in self.losses)), []
+        waiting_prototypes = _prototype_bytes(self.config.dino_head, self.size)
+        for name, head in self.heads.items():
+            # iBOT's turn comes before DINO's.
+            following, before = ("block", "ibot") if name == "dino" else ("dino", "")
+            if self.kept:
+                at_work = self.usual.gathered - (self.gathered["ibot"] if before in self.heads else 0)
+            else:
+                at_work = self.usual.gathered + self.gathered[name] + (self.prefetch > 0) * self.gathered[following]
+            prototypes = 4 * head.prototypes * head.bottleneck
+            others = 0 if name == "dino" else int(_hidden_bytes(self.losses[0], self.size)) + waiting_prototypes
+            moments += [
+                # Three float32 copies of the prototypes, beside those of the forward pass.
+                replace(
+                    self.usual,
+                    gathered=at_work,
+                    logits=self.targets + waiting + (prototypes if self.size < 4 else 0),
+                    working=3 * prototypes + self.reduced.get(before, 0),
+                ),
+                # The exchange of the head's gradients, while what the other exchanged is still there.
+                replace(
+                    self.usual,
+                    gathered=at_work,
+                    gradients=self.whole or self.shares_of[before if before in self.heads else name],
+                    logits=self.targets + others,
+                    working=self.reduced[name] + self.reduced.get(before, 0),
+                ),
+            ]
+            waiting += _prototype_bytes(head, self.size)
+        return moments
 
+    def _in_blocks(self) -> list[Footprint]:
+        """The backward pass of the last attention branch, of what comes before it, and the end.
 
-def _units(config: Config, shards: int) -> dict[str, list[tuple[int, int]]]:
-    """Return the parameters' (parts at most, numbers in a part) of FSDP's units: root, one block, each head.
-
-    Parts are rows, or channels of an embedding that is one row, where the shards divide them.
-    """
-    model = config.model
-    dim = width_depth_heads(model)[0]
-    second_in, first_out = ffn_widths(config)
-    root = [(dim, 3 * model.patch**2), (dim, 1), (dim, 1), (dim, 1)]
-    embeddings = [1, 1, 1 + (config.crops.global_size // model.patch) ** 2, model.registers]
-    root += [(1, dim * tokens) if dim % shards else (dim, tokens) for tokens in embeddings]
-    block = [(3 * dim, dim), (3 * dim, 1), (dim, dim), (dim, 1), (first_out, dim), (first_out, 1), (dim, second_in)]
-    block += [(dim, 1)] * (5 + 2 * (model.layer_scale > 0))
-    units = {"root": root, "block": block, "dino": _head_shapes(config.dino_head, dim)}
-    if config.ibot_head.separate and config.loss.ibot > 0:
-        units["ibot"] = _head_shapes(config.ibot_head, dim)
-    return units
-
-
-def _head_shapes(head: HeadConfig, dim: int) -> list[tuple[int, int]]:
-    widths = [dim, *[head.hidden] * (head.layers - 1), head.bottleneck]
-    shapes = [shape for a, b in pairwise(widths) for shape in ((b, a), (b, 1))]
-    shapes += [(head.hidden, 1)] * (2 * (head.layers - 1) * head.batch_norm)
-    shapes += [(head.bottleneck, 1)] * (2 * head.layer_norm)
-    return [*shapes, (head.prototypes, head.bottleneck), (head.prototypes, 1)]
-
-
-def _padded(shape: tuple[int, int], shards: int) -> int:
-    """Return the numbers of a parameter as FSDP gathers it: the same count of rows from every rank."""
-    rows, row = shape
-    return -(-rows // shards) * shards * row
+        The last feed-forward branch sees few tokens: of these branches the one before it is what counts.
+        """
+        # The heads' backward passes are over, and their weights freed.
+        of_heads = sum(self.shares_of[name] for name in self.heads)
+        start = replace(
+            self.usual,
+            gradients=self.whole or of_heads,
+            gathered=self.gathered["root"] + (self.kept_blocks or self.ahead * self.gathered["block"]),
+        )
+        working = _last_attention_backward_bytes(self.config, self.kind) + max(
+            self.reduced[name] for name in self.heads
+        )
+        moments = [replace(start, working=working)]
+        if self.depth > 1:
+            freed = self.gathered["block"] if self.kept_blocks and self.of_last_unit == 1 else 0
+            moments.append(
+                replace(
+                    start,
+                    gradients=self.whole or of_heads + self.shares_of["block"],
+                    gathered=start.gathered - freed,
+                    activations=start.activations - _kept_by_last_block(self.config, self.kind),
+                    working=_feed_forward_backward_bytes(self.config, self.kind) + self.reduced["block"],
+                )
+            )
+        gradients = max(self.whole, self.shares["gradients"])
+        return [*moments, replace(self.usual, gradients=gradients, gathered=self.gathered["root"], activations=0)]
 
 
 def activation_bytes(config: Config, kind: str) -> int:
@@ -410,7 +387,7 @@ def _losses(config: Config) -> list[_Loss]:
 
 def logits_bytes(config: Config) -> int:
     """Return what the heads and the losses keep of one microbatch: hidden layers, logits, prototypes, targets."""
-    size, total = _size(config, "dino"), 0.0
+    size, total = size_of(config, "dino"), 0.0
     for loss in _losses(config):
         # Targets are in float32, logits as the head gives them.
         total += _hidden_bytes(loss, size) + (loss.rows * size + loss.summed * 4) * loss.head.prototypes
@@ -440,34 +417,4 @@ def _sinkhorn_bytes(config: Config, microbatches: int) -> int:
     if config.loss.centering != "sinkhorn":
         return 0
     sizes = [loss.targets * loss.head.prototypes for loss in _losses(config)]
-    return int(microbatches * sum(sizes) * (_size(config, "dino") + 4 + 4) + max(sizes) * 4)
-
-
-def traffic(config: Config, processes: int) -> dict[str, float]:
-    """Return the bytes that one rank receives in a step, by collective.
-
-    FSDP gathers the student's weights for the forward pass of every microbatch, and again for its backward pass unless
-    they are kept, as the root's always are; the teacher's for its forward pass; gradients are scattered once. A ring
-    moves (n − 1)/n of each.
-    """
-    shards = max(1, processes // config.parallel.replicate)
-    depth = width_depth_heads(config.model)[1]
-    units = {name: (depth if name == "block" else 1) * n for name, n in _padded_units(config, shards).items()}
-    gathered = {name: count * _size(config, name) for name, count in units.items()}
-    share, sums = (shards - 1) / shards, BYTES[config.parallel.reduce_precision]
-    microbatches, total, once = microbatches_per_rank(config, processes), sum(units.values()), sum(gathered.values())
-    # A rank alone receives nothing, whether it copies once or twice.
-    again = once - gathered["root"] if shards > 1 and frees_gathered(config.parallel, shards, "any") else 0
-    prototypes = config.dino_head.prototypes
-    if config.loss.ibot > 0:
-        prototypes += (config.ibot_head if config.ibot_head.separate else config.dino_head).prototypes
-    rounds = {"softmax": 1, "none": 0, "sinkhorn": 2 * config.loss.sinkhorn_iterations}[config.loss.centering]
-    copies = config.parallel.replicate
-    found = {
-        "student's weights (all-gather)": share * (once + again) * microbatches,
-        "teacher's weights (all-gather)": share * once * microbatches,
-        "gradients (reduce-scatter)": share * sums * total,
-        "gradients between copies (all-reduce)": 2 * (copies - 1) / copies * sums * total / shards,
-        "centering (all-reduce)": 2 * (processes - 1) / processes * 4 * prototypes * rounds,
-    }
-    return {name: amount for name, amount in found.items() if amount}
+    return int(microbatches * sum(sizes) * (size_of(config, "dino") + 4 + 4) + max(sizes) * 4)

@@ -9,8 +9,9 @@ from dinov2_fsdp.config import Config, frees_gathered, microbatches_per_rank
 from dinov2_fsdp.counts import count_parameters, state_bytes, step_flops_per_image
 from dinov2_fsdp.duration import Duration
 from dinov2_fsdp.errors import UserError
-from dinov2_fsdp.footprint import footprint, traffic
+from dinov2_fsdp.footprint import footprint
 from dinov2_fsdp.optim.schedules import scaled_learning_rate
+from dinov2_fsdp.units import traffic
 
 GIB = 2**30
 

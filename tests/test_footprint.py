@@ -17,13 +17,14 @@ from dinov2_fsdp.counts import count_parameters, masked_patches
 from dinov2_fsdp.data.loader import build_loader
 from dinov2_fsdp.data.sources import open_source
 from dinov2_fsdp.errors import UserError
-from dinov2_fsdp.footprint import activation_bytes, footprint, logits_bytes, traffic
+from dinov2_fsdp.footprint import activation_bytes, footprint, logits_bytes
 from dinov2_fsdp.models import attention, frugal, plain_attention
 from dinov2_fsdp.models.initialise import initialise
 from dinov2_fsdp.planner import GPUS, gpu_of, plan, ways_to_fit
 from dinov2_fsdp.ssl import losses
 from dinov2_fsdp.ssl.network import Network
 from dinov2_fsdp.ssl.step import SelfDistillation
+from dinov2_fsdp.units import traffic
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
