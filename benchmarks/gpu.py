@@ -381,7 +381,8 @@ def main() -> int:
             return 0 if CHECKS[arguments.check](arguments.overrides, Path(folder)) else 1
     if arguments.overrides:
         raise UserError(f"{arguments.overrides[0]}: there is nothing to override here; --small is the only other size")
-    device = check_devices(arguments.device, 1, visible_gpus())
+    named = arguments.list and arguments.device != "cpu"  # without a GPU too
+    device = "cuda" if named else check_devices(arguments.device, 1, visible_gpus())
     if device == "cpu" and arguments.device == "auto":
         raise UserError("there is no GPU here; --device cpu --small tries the harness itself on a CPU")
     everything = parts(device, arguments.small, arguments.output.resolve())

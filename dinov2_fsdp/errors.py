@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
@@ -57,9 +58,12 @@ def show(error: UserError | RunFailed) -> int:
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's ``main``: a :class:`UserError` becomes one message and exit code 2, a :class:`RunFailed` one
-    message and exit code 1."""
+    message and exit code 1, Ctrl-C (where nothing else is done about it) one word and the shell's code for it."""
     try:
         code = main()
     except (UserError, RunFailed) as error:
         code = show(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr, flush=True)
+        code = 128 + signal.SIGINT
     raise SystemExit(code or 0)

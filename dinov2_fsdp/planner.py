@@ -64,12 +64,20 @@ USABLE = 0.9
 """What part of a GPU's memory a step may fill: libraries, fragments and the step's temporaries need the rest."""
 
 
-def plan(config: Config, processes: int, kind: str, images: int | None, gpu: Gpu | None = None) -> str:
+def plan(
+    config: Config,
+    processes: int,
+    kind: str,
+    images: int | None,
+    gpu: Gpu | None = None,
+    memory: float | None = None,
+) -> str:
     """Return the plan of a run, for people.
 
     Args:
         processes: ranks. kind: ``cpu`` or ``cuda``. images: size of the data set, None where nobody has counted.
         gpu: what the hours are for; a warning names what would fit into its memory. None: two usual ones, of 80 GiB.
+        memory: bytes for each process on a CPU, for the same warning; None where they are not known.
     """
     held = footprint(config, processes, kind)
     parameters = count_parameters(config)
@@ -117,14 +125,18 @@ def plan(config: Config, processes: int, kind: str, images: int | None, gpu: Gpu
         )
     width = max(map(len, lines))
     text = "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
-    gib = gpu.gib if gpu else USUAL_GIB
-    if kind == "cuda" and held.total > USABLE * gib * GIB:
+    gib = (gpu.gib if gpu else USUAL_GIB) if kind == "cuda" else memory and memory / GIB
+    if gib and held.total > USABLE * gib * GIB:
         ways = ways_to_fit(config, processes, kind, USABLE * gib * GIB)
-        text += f"\nwarning: that is too much for a GPU of {gib:g} GiB; "
+        if kind == "cuda":
+            text += f"\nwarning: that is too much for a GPU of {gib:g} GiB; "
+        else:  # more processes would share the same memory
+            ways = [way for way in ways if "processes" not in way]
+            text += f"\nwarning: that is too much for the {gib:.0f} GiB that this machine has for each process; "
         text += (
             f"what would fit: {', or '.join(ways)}"
             if ways
-            else "no smaller microbatch makes it fit; use a smaller model or crops"
+            else "no smaller microbatch makes it fit; use a smaller model, crops or train.batch"
         )
     return text
 

@@ -189,7 +189,11 @@ def run(
     )  # fmt: skip
     if state is not None:
         monitor.load_state_dict(state["monitor"])
-        monitor.message(f"resuming {run_dir} from step {start}")
+        monitor.message(
+            f"{run_dir} is complete: it holds step {start}, its last; --overwrite would start it anew"
+            if start >= length.total
+            else f"resuming {run_dir} from step {start}"
+        )
     if world.rank == 0:
         backend = resolve_backend(config.parallel.attention, world.device, config.train.precision)
         write_durably(run_dir / "config.yaml", to_yaml(config).encode())

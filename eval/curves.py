@@ -21,8 +21,21 @@ Series = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 def draw_curves(run: Path, references: dict[str, float] | None = None) -> Path:
-    """Draw ``run/pictures/curves.png`` from the run's metrics and return the file."""
+    """Draw ``run/pictures/curves.png`` from the run's metrics and return the file.
+
+    ``references``: see :func:`training_curves`; by default what a demo has measured, whose picture this would replace.
+    """
+    references = _of_demo(run) if references is None else references
     return training_curves(run / "metrics.jsonl", run / "pictures" / "curves.png", references, title=run.name)
+
+
+def _of_demo(run: Path) -> dict[str, float] | None:
+    """Return the accuracies beside the trained backbone's that ``launchers/demo.py`` has written, if it has."""
+    try:
+        summary = json.loads((run / "summary.json").read_text())
+        return {"raw pixels": float(summary["knn_pixels"]), "untrained": float(summary["knn_untrained"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def read_metrics(metrics_jsonl: str | Path) -> dict[str, Series]:

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from dinov2_fsdp.config import Config
-from dinov2_fsdp.data.sources import open_source
+from dinov2_fsdp.data.sources import Source, open_source
 from dinov2_fsdp.duration import Duration
 from dinov2_fsdp.errors import UserError, nearest
 from eval.classes import check_sources
@@ -57,7 +57,15 @@ def check_evaluations(config: Config) -> None:
                 else:
                     check_pairs(pairs, limit=used)
         else:
-            check_sources(open_source(train, cache), open_source(test, cache))
+            train_key = "eval.train" if config.eval.train else "data.train"
+            check_sources(_opened(train_key, train, cache), _opened("eval.test", test, cache))
+
+
+def _opened(key: str, spec: str, cache: str | None) -> Source:
+    try:
+        return open_source(spec, cache)
+    except UserError as error:
+        raise UserError(f"{key}: {error}\nor train without evaluations: eval.every=0it") from None
 
 
 def _as_keys(message: str) -> str:

@@ -12,6 +12,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dinov2_fsdp.errors import UserError, run_cli
+from dinov2_fsdp.signals import STOPPING
+from launchers.local import end_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,6 +50,20 @@ def train_command(folder: Path, overrides: list[str]) -> list[str]:
     """Return the command that trains the demo, to be run from the repository's root."""
     local = [sys.executable, "launchers/local.py", "--config", "configs/demo.yaml"]
     return [*local, "--output-dir", str(folder), *overrides]
+
+
+def train(command: list[str]) -> int:
+    """Run the trainer to its end and return its exit code; hand on the signals that ask it to save and stop.
+
+    It gets each once: in a session of its own a terminal's Ctrl-C does not reach it by another way too.
+    """
+    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=end_with_parent) as trainer:
+        earlier = {number: signal.signal(number, lambda n, _: trainer.send_signal(n)) for number in STOPPING}
+        try:
+            return trainer.wait()
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
 
 
 def evaluate(folder: Path) -> dict[str, float]:
@@ -164,7 +181,7 @@ def main() -> int:
         return 0
     clear(folder)
     started = time.monotonic()
-    code = subprocess.run(command, cwd=ROOT, check=False).returncode
+    code = train(command)
     if code:
         return code
     trained = time.monotonic()

@@ -301,6 +301,7 @@ def main() -> int:
     if arguments.watch and arguments.step:
         raise UserError("--watch evaluates each new checkpoint; leave out --step")
     check_tasks(tasks)
+    here = False
     try:
         if arguments.watch and not arguments.dry_run:
             from launchers.cluster.evaluations import SECONDS
@@ -312,10 +313,12 @@ def main() -> int:
             for command in [command for step in steps for command in commands(run, tasks, step, overrides)]:
                 print(f"+ {shlex.join(command)}")
             return 0
-        if _stays_here(arguments):
+        if here := _stays_here(arguments):
             return _here(arguments.watch, run, tasks, overrides, steps)
         return _as_jobs(arguments, run, tasks, overrides, steps)
     except KeyboardInterrupt:
+        if here:
+            raise
         print("\ninterrupted; jobs that were submitted go on", flush=True)
         return 0 if arguments.watch or arguments.follow else 128 + signal.SIGINT
 

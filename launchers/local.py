@@ -107,8 +107,12 @@ def main() -> int:
             if arguments.dry_run:
                 from dinov2_fsdp.planner import plan
 
-                print(plan(config, processes, kind, images, gpu))
+                check_run_directory(config, arguments.overwrite, look_only=True)
+                check_start(config)
+                memory = None if kind == "cuda" else _memory() / here
+                print(plan(config, processes, kind, images, gpu, memory))
             elif place.launcher is None:
+                check_start(config)
                 check_run_directory(config, arguments.overwrite)
                 if place.life is None:
                     held.enter_context(_lock(Path(config.output_dir)))
@@ -156,14 +160,33 @@ def check_data(config: Config) -> int:
     return images
 
 
-def check_run_directory(config: Config, overwrite: bool) -> None:
-    """Refuse a directory with something else in it; a directory with this very run is one to resume."""
+def check_start(config: Config) -> None:
+    """Refuse a backbone to start from that is not there or of another model; a run that goes on needs none."""
+    if config.init.backbone is None or any((Path(config.output_dir) / "checkpoints").glob("step_*")):
+        return
+    from dinov2_fsdp.weights.initial import check_backbone
+
+    check_backbone(config.init.backbone, config.model)
+
+
+def _memory() -> float:
+    """Return the bytes of this machine's memory."""
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def check_run_directory(config: Config, overwrite: bool, look_only: bool = False) -> None:
+    """Refuse a directory with something else in it; a directory with this very run is one to resume.
+
+    ``look_only``: change nothing.
+    """
     from dinov2_fsdp.config import load
 
     directory = Path(config.output_dir)
     saved = directory / "config.yaml"
     # A directory of something else may hold a config.yaml too; only a run has logs beside it.
     if overwrite and saved.is_file() and (directory / "logs").is_dir():
+        if look_only:
+            return
         _lock(directory).close()
         shutil.rmtree(directory)
     content = {path.name for path in directory.iterdir()} - {LOCK} if directory.is_dir() else set()
@@ -174,6 +197,11 @@ def check_run_directory(config: Config, overwrite: bool) -> None:
             f"{directory} holds another run, which differs in {', '.join(found[:6])}\n"
             f"resume it: --config {saved}; start anew: --overwrite; or choose another --output-dir"
         )
+    if look_only:
+        there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"output_dir={directory} cannot be written: {there} is no directory that can be written to")
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / ".writable").touch()
@@ -255,7 +283,7 @@ def _start_processes(count: int, threads: int) -> int:
         place = Place(rank, count, rank, count, launcher=os.getpid()).to_environment(address, port)
         environment = {**os.environ, **place, "OMP_NUM_THREADS": str(cores)}
         command = [sys.executable, *(argument for argument in sys.argv if argument != "--overwrite")]
-        children.append(subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent))
+        children.append(subprocess.Popen(command, env=environment, preexec_fn=end_with_parent))
 
     def forward(number: int, _frame: object) -> None:
         for child in children:
@@ -273,7 +301,7 @@ def _start_processes(count: int, threads: int) -> int:
     return _end_after_failure(children)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Let the kernel send SIGTERM to this process when its launcher dies, so that the ranks save and end (Linux)."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,29 @@ def test_an_unfinished_demo_is_kept_and_a_finished_one_makes_room(tmp_path: Path
     (run / "summary.json").touch()
     clear(run)
     assert not run.exists()
+
+
+_TRAINER = """
+import signal, sys, time
+caught = []
+signal.signal(signal.SIGINT, lambda *_: caught.append(1))
+print("started", flush=True)
+while not caught:
+    time.sleep(0.02)
+time.sleep(1)  # it saves
+print("saved after", len(caught), flush=True)
+sys.exit(75)
+"""
+
+
+def test_ctrl_c_lets_the_demos_trainer_save_and_reaches_it_once() -> None:
+    code = f"import sys; from launchers.demo import train; sys.exit(train([sys.executable, '-c', {_TRAINER!r}]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as demo:  # fmt: skip
+        assert demo.stdout is not None
+        assert demo.stdout.readline() == "started\n"
+        os.killpg(demo.pid, signal.SIGINT)  # as a terminal does, to all that are in its foreground
+        rest, errors = demo.communicate(timeout=60)
+    assert (demo.returncode, rest, errors) == (75, "saved after 1\n", "")

@@ -167,6 +167,16 @@ def test_what_does_not_fit_is_said_with_a_way_out() -> None:
     assert "warning" not in plan(changed, 8, "cuda", 4000, GPUS[0])
 
 
+def test_a_machines_memory_is_compared_where_there_is_no_gpu() -> None:
+    config = load("configs/vitl16_in1k.yaml", ["train.batch=64"])
+    text = plan(config, 1, "cpu", 4000, memory=16 * 2**30)
+    assert "warning: that is too much for the 16 GiB that this machine has for each process; what would fit: " in text
+    assert "train.microbatch=" in text
+    assert "processes" not in text.partition("what would fit")[2]
+    assert "warning" not in plan(config, 1, "cpu", 4000, memory=64 * 2**30)
+    assert "warning" not in plan(config, 1, "cpu", 4000)
+
+
 @pytest.mark.parametrize("asked", [None, False, True])
 def test_what_a_rank_keeps_gathered_is_the_first_to_go(asked: bool | None) -> None:
     config = config_of(parallel__reshard_after_forward=asked)

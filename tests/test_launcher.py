@@ -135,11 +135,33 @@ def test_microbatches_that_the_processes_cannot_share_are_refused(tmp_path: Path
         ({"parallel__attention": "xformers"}, "parallel.attention=xformers runs on CUDA only"),
         ({"eval__every": "1it", "eval__test": "scenes:n=10,size=32", "eval__tasks": ["kn"]}, "did you mean 'knn'?"),
         ({"parallel__replicate": 2}, "parallel.replicate=2 does not divide 1 processes"),
+        ({"init__backbone": "/nowhere"}, "/nowhere is no run directory"),
+        ({"eval__every": "1it", "eval__test": "folder:/nowhere"}, "eval.test: folder:/nowhere"),
     ],
     ids=lambda value: str(value),
 )
 def test_a_dry_run_refuses_what_the_run_would(tmp_path: Path, overrides: dict[str, Any], complaint: str) -> None:
     assert complaint in refusal(*command(tmp_path / "run", "--dry-run", **overrides))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_looks_at_the_run_directory_and_leaves_it_alone(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    assert "holds no run" in refusal(*command(tmp_path / "other"), "--dry-run")
+    assert "cannot be written" in refusal(*command(tmp_path / "other" / "file"), "--dry-run")
+    run = tmp_path / "run"
+    (run / "logs").mkdir(parents=True)
+    shown = launch(*command(run), "--dry-run")
+    assert shown.returncode == 0, shown.stderr
+    (run / "config.yaml").write_text("train: {duration: 7it}\n")
+    assert "holds another run" in refusal(*command(run), "--dry-run")
+    assert launch(*command(run), "--dry-run", "--overwrite").returncode == 0
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "logs"]
+
+
+def test_a_backbone_that_is_not_there_leaves_no_run_directory(tmp_path: Path) -> None:
+    assert "is no run directory" in refusal(*command(tmp_path / "run", init__backbone="/nowhere"))
     assert not (tmp_path / "run").exists()
 
 
@@ -205,8 +227,8 @@ def test_two_processes_finish_and_the_same_command_has_nothing_left_to_do(tmp_pa
     assert sorted(path.name for path in (tmp_path / "run" / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]
     again = launch(*arguments)
     assert again.returncode == 0, again.stderr
-    assert "resuming" in again.stdout
-    assert "from step 2" in again.stdout
+    assert "run is complete: it holds step 2, its last; --overwrite would start it anew" in again.stdout
+    assert "resuming" not in again.stdout
     assert len(metrics(tmp_path / "run")) == 1
 
 

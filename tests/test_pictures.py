@@ -16,7 +16,7 @@ from dinov2_fsdp.data.loader import Microbatches
 from dinov2_fsdp.data.sources import open_source
 from dinov2_fsdp.errors import UserError
 from eval.components import pca_colours, pca_patches
-from eval.curves import read_metrics, training_curves
+from eval.curves import draw_curves, read_metrics, training_curves
 from eval.features import normalise
 from eval.pictures import readable_images
 from eval.views import attention_maps, draw_attention, draw_crops, draw_neighbours, nearest, shown
@@ -66,6 +66,18 @@ def test_curves_are_drawn_at_their_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_curves_of_a_demo_keep_its_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, float] | None] = []
+    monkeypatch.setattr(
+        "eval.curves.training_curves", lambda _file, png, references, title: seen.append(references) or png
+    )
+    draw_curves(tmp_path)
+    (tmp_path / "summary.json").write_text('{"knn_pixels": 22.5, "knn_untrained": 12.6, "knn_trained": 54.6}')
+    draw_curves(tmp_path)
+    draw_curves(tmp_path, {"chance": 10.0})
+    assert seen == [None, {"raw pixels": 22.5, "untrained": 12.6}, {"chance": 10.0}]
+
+
 def test_curves_of_a_run_that_logged_little_are_drawn_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 3.0}\n')
     assert distinct_colours(training_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")) > 50

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from dinov2_fsdp.errors import run_cli
 from dinov2_fsdp.signals import STOPPING, StopSignals
 
 
@@ -130,3 +131,13 @@ def test_a_second_interrupt_ends_the_process_at_once() -> None:
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "interrupted twice" in said
+
+
+def test_ctrl_c_ends_a_command_with_a_word(capfd: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run_cli(interrupted)
+    assert ended.value.code == 130
+    assert capfd.readouterr().err == "\ninterrupted\n"

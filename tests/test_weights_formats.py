@@ -373,3 +373,10 @@ def test_a_model_without_layer_scale_is_told_by_its_tensors(tmp_path: Path) -> N
     assert back.architecture.layer_scale == 0.0
     with torch.device("meta"):
         assert tensors(back).keys() == dict(build_backbone(model, SIZE).named_parameters()).keys()
+
+
+def test_a_file_of_something_else_is_called_that(tmp_path: Path) -> None:
+    file = tmp_path / "README.md"
+    file.write_text("# Not weights\n")
+    with pytest.raises(UserError, match="is no file of weights: neither safetensors nor what"):
+        read_weights(file)

@@ -76,9 +76,11 @@ class Cosine:
     def __post_init__(self) -> None:
         if self.freeze + self.warmup > self.total:
             before = f"{self.warmup} warm-up" + (f" and {self.freeze} frozen" if self.freeze else "")
+            keys = "optim.warmup, init.freeze" if self.freeze else "optim.warmup"
             raise UserError(
                 f"{before} steps do not fit into a run of {self.total} steps; "
-                "shorten them, or give them as a part of the run, such as '5%'"
+                f"shorten them ({keys}), or give them as a part of the run, "
+                "such as optim.warmup=5%"
             )
 
     def __call__(self, step: int) -> float:

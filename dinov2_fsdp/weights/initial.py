@@ -38,15 +38,28 @@ def start_from(path: str | Path, model: ModelConfig, *backbones: nn.Module) -> W
         assert isinstance(backbone, VisionTransformer)
         parameters = {clean_name(name): parameter for name, parameter in backbone.named_parameters()}
         tensors = _for_grid(weights, backbone)
-        if different := _differences(model, weights.model):
-            raise UserError(
-                f"{weights.source} holds {describe(weights.model, weights.image_size)}, not the model of this config\n"
-                f"to start from it, set {' '.join(different)}"
-            )
+        _check_model(weights, model)
         check(parameters, tensors, weights.source, "this config's model")
         for name, parameter in parameters.items():
             fill(parameter, tensors[name].float())
     return weights
+
+
+def check_backbone(path: str | Path, model: ModelConfig) -> None:
+    """Refuse what :func:`start_from` would refuse for its kind, without a network to fill.
+
+    Raises:
+        UserError: the file is not there, holds no weights, or those of another model.
+    """
+    _check_model(read_weights(path), model)
+
+
+def _check_model(weights: Weights, model: ModelConfig) -> None:
+    if different := _differences(model, weights.model):
+        raise UserError(
+            f"{weights.source} holds {describe(weights.model, weights.image_size)}, not the model of this config\n"
+            f"to start from it, set {' '.join(different)}"
+        )
 
 
 def _for_grid(weights: Weights, backbone: VisionTransformer) -> dict[str, Tensor]:

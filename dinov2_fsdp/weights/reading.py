@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -192,7 +193,13 @@ def _load(path: Path) -> tuple[Any, dict[str, str]]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)), {}
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0][:160]
+        with path.open("rb") as file:
+            pickled = zipfile.is_zipfile(path) or file.read(1) == pickle.PROTO
+        if not pickled:
+            raise UserError(f"{path} is no file of weights: neither safetensors nor what torch.save writes") from None
+        # torch explains at length how to run the code nevertheless, and then says what it is.
+        cause = re.search(r"WeightsUnpickler error: ([^\n]+)", str(error))
+        reason = (cause[1] if cause else str(error).split("\n")[0])[:160]
         raise UserError(f"{path} holds more than tensors, which could run code, and is not loaded: {reason}") from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         reason = str(error).split("\n")[0][:160] or type(error).__name__
