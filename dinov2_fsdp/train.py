@@ -190,7 +190,7 @@ def run(
     if state is not None:
         monitor.load_state_dict(state["monitor"])
         monitor.message(
-            f"{run_dir} is complete: it holds step {start}, its last; --overwrite would start it anew"
+            f"{run_dir} is complete: it holds step {start}, its last; a new run needs another output_dir"
             if start >= length.total
             else f"resuming {run_dir} from step {start}"
         )

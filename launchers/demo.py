@@ -57,13 +57,23 @@ def train(command: list[str]) -> int:
 
     It gets each once: in a session of its own a terminal's Ctrl-C does not reach it by another way too.
     """
-    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=end_with_parent) as trainer:
-        earlier = {number: signal.signal(number, lambda n, _: trainer.send_signal(n)) for number in STOPPING}
-        try:
-            return trainer.wait()
-        finally:
-            for number, handler in earlier.items():
-                signal.signal(number, handler)
+    trainer: subprocess.Popen[bytes] | None = None
+
+    def hand_on(number: int, _frame: object) -> None:
+        if trainer is None:
+            raise KeyboardInterrupt
+        trainer.send_signal(number)
+
+    earlier = {number: signal.signal(number, hand_on) for number in STOPPING}
+    try:
+        # Without the terminal as its input: with one, several ranks would wait for that to interrupt them.
+        trainer = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=end_with_parent
+        )
+        return trainer.wait()
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def evaluate(folder: Path) -> dict[str, float]:

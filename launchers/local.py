@@ -107,12 +107,13 @@ def main() -> int:
             if arguments.dry_run:
                 from dinov2_fsdp.planner import plan
 
-                check_run_directory(config, arguments.overwrite, look_only=True)
-                check_start(config)
+                if gpu is None:  # else it is a plan for other machines
+                    check_start(config, arguments.overwrite)
+                    check_run_directory(config, arguments.overwrite, look_only=True)
                 memory = None if kind == "cuda" else _memory() / here
                 print(plan(config, processes, kind, images, gpu, memory))
             elif place.launcher is None:
-                check_start(config)
+                check_start(config, arguments.overwrite)
                 check_run_directory(config, arguments.overwrite)
                 if place.life is None:
                     held.enter_context(_lock(Path(config.output_dir)))
@@ -160,13 +161,25 @@ def check_data(config: Config) -> int:
     return images
 
 
-def check_start(config: Config) -> None:
+def check_start(config: Config, overwrite: bool = False) -> None:
     """Refuse a backbone to start from that is not there or of another model; a run that goes on needs none."""
-    if config.init.backbone is None or any((Path(config.output_dir) / "checkpoints").glob("step_*")):
+    from dinov2_fsdp.checkpoint.folder import list_checkpoints
+
+    check_start_apart(config, overwrite)
+    if config.init.backbone is None or (not overwrite and list_checkpoints(Path(config.output_dir))):
         return
     from dinov2_fsdp.weights.initial import check_backbone
 
     check_backbone(config.init.backbone, config.model)
+
+
+def check_start_apart(config: Config, overwrite: bool) -> None:
+    """Refuse to overwrite what the run is to start from."""
+    start, directory = config.init.backbone, Path(config.output_dir).resolve()
+    if overwrite and start is not None and directory in (Path(start).resolve(), *Path(start).resolve().parents):
+        raise UserError(
+            f"init.backbone={start} lies in {directory}, which --overwrite would delete; choose another --output-dir"
+        )
 
 
 def _memory() -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from training import tiny_run, train_alone
 
 from dinov2_fsdp import native
 from dinov2_fsdp.models import branches, frugal, fused, products
@@ -453,9 +455,31 @@ def test_chosen_rows_alone_are_counted(random: Callable[..., Tensor], used: list
     assert used == [False, True]
 
 
+@pytest.mark.parametrize("branch", [0, 1], ids=["attention", "feed forward"])
 @pytest.mark.parametrize("row", [-1, 1108])
-def test_chosen_rows_that_are_not_there_are_refused(row: int, random: Callable[..., Tensor]) -> None:
-    attention, ffn = subsets_of(GROUPS)
-    ffn.rows[3] = row
+def test_chosen_rows_that_are_not_there_are_refused(row: int, branch: int, random: Callable[..., Tensor]) -> None:
+    subsets = subsets_of(GROUPS)
+    subsets[branch].rows[3] = row
     with pytest.raises((IndexError, RuntimeError)):
-        random_block()(random(1108, 64).requires_grad_(), Layout(GROUPS), attention, ffn)
+        random_block()(random(1108, 64).requires_grad_(), Layout(GROUPS), *subsets)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_takes_chosen_rows_this_way(precision: str, tmp_path: Path, used: list[bool]) -> None:
+    """FSDP casts what it finds in a unit's arguments, but not what a row's result is multiplied by."""
+    sizes = {"model__dim": 64, "model__heads": 2, "model__depth": 2, "model__drop_path": 0.4}
+    crops = {"crops__global_size": 64, "train__duration": "1it", "train__batch": 8, "train__microbatch": 8}
+    train_alone(tiny_run(tmp_path / "run", train__precision=precision, **sizes, **crops))
+    assert used == [False, True, False]  # of the last feed-forward branch few rows are read
+
+
+@pytest.mark.slow
+def test_a_compiled_block_learns_the_same_on_chosen_rows(random: Callable[..., Tensor]) -> None:
+    block, subsets = random_block(), subsets_of(GROUPS)
+    tokens, grad = random(1108, 64), random(1108, 64)
+    expected = gradients(block, tokens, grad, subsets)
+    torch.compiler.reset()
+    block.compile(dynamic=True, fullgraph=True)
+    found = gradients(block, tokens, grad, subsets)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))

@@ -165,6 +165,14 @@ def test_a_backbone_that_is_not_there_leaves_no_run_directory(tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
+def test_what_a_run_is_to_start_from_is_not_overwritten(finished: Path) -> None:
+    arguments = (LAUNCHER, "--config", str(finished.with_suffix(".yaml")), "--overwrite")
+    for inside in (finished, finished / "checkpoints" / "step_00000002"):
+        assert "which --overwrite would delete" in refusal(*arguments, f"init.backbone={inside}")
+    assert "is no run directory" in refusal(*arguments, "init.backbone=/nowhere")
+    assert saved_steps(finished) == [2]
+
+
 def test_no_process_is_refused(tmp_path: Path) -> None:
     assert "--nproc 0 is impossible" in refusal(*command(tmp_path / "run"), "--nproc", "0")
 
@@ -227,7 +235,7 @@ def test_two_processes_finish_and_the_same_command_has_nothing_left_to_do(tmp_pa
     assert sorted(path.name for path in (tmp_path / "run" / "logs").iterdir()) == ["rank_0.log", "rank_1.log"]
     again = launch(*arguments)
     assert again.returncode == 0, again.stderr
-    assert "run is complete: it holds step 2, its last; --overwrite would start it anew" in again.stdout
+    assert "run is complete: it holds step 2, its last; a new run needs another output_dir" in again.stdout
     assert "resuming" not in again.stdout
     assert len(metrics(tmp_path / "run")) == 1
 

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -425,7 +424,8 @@ def test_every_rank_logs_to_its_file_and_warns_on_stderr(tmp_path: Path, capsys:
     assert (tmp_path / "logs" / "rank_3.log").read_text() == text
 
 
-def test_the_environment_names_versions_host_and_command(tmp_path: Path) -> None:
+def test_the_environment_names_versions_host_and_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["python", "launchers/local.py", "data.train=folder:/my images"])
     write_environment(tmp_path, world_size=4, device="cpu", extra={"attention": "sdpa"})
     environment = json.loads((tmp_path / "environment.json").read_text())
     assert environment["torch"] == torch.__version__
@@ -434,7 +434,7 @@ def test_the_environment_names_versions_host_and_command(tmp_path: Path) -> None
     assert environment["cores"] >= 1
     assert environment["cpu"]
     assert environment["hostname"]
-    assert shlex.split(environment["command"])[0] == sys.executable
+    assert environment["command"] == "python launchers/local.py 'data.train=folder:/my images'"
 
 
 def test_the_environment_is_written_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

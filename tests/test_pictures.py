@@ -65,7 +65,6 @@ def test_curves_are_drawn_at_their_size(tmp_path: Path) -> None:
     assert distinct_colours(png) > 500
 
 
-@pytest.mark.slow
 def test_curves_of_a_demo_keep_its_baselines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, float] | None] = []
     monkeypatch.setattr(
@@ -78,6 +77,7 @@ def test_curves_of_a_demo_keep_its_baselines(tmp_path: Path, monkeypatch: pytest
     assert seen == [None, {"raw pixels": 22.5, "untrained": 12.6}, {"chance": 10.0}]
 
 
+@pytest.mark.slow
 def test_curves_of_a_run_that_logged_little_are_drawn_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 3.0}\n')
     assert distinct_colours(training_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")) > 50

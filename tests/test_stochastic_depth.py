@@ -109,7 +109,7 @@ def test_dropped_branches_cost_nothing() -> None:
 
 def test_all_sequences_kept_equals_no_plan() -> None:
     model, layout = tiny_backbone(), Layout(((3, 17),))
-    everything = DepthPlan(layout, torch.arange(51).expand(4, -1), torch.ones(51, 1))
+    everything = DepthPlan(layout, torch.arange(51).expand(4, -1), torch.ones(51, 1).view(torch.int32))
     with_plan, _ = model.forward_packed([tiny_images(3)], [None], everything)
     without, _ = model.forward_packed([tiny_images(3)], [None])
     torch.testing.assert_close(with_plan, without)

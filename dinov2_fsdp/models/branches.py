@@ -5,8 +5,8 @@ nor memory nor the other threads are waited for between norm, products, activati
 as :mod:`dinov2_fsdp.models.frugal` and :mod:`dinov2_fsdp.models.frugal_attention`, which run elsewhere, and with which
 tests compare it. Sums over rows go from the first row to the last: results do not depend on the number of threads.
 
-With stochastic depth a branch reads the rows that it keeps where they lie, and is added to them there: neither these
-rows nor all others go through memory for that (:class:`Chosen`).
+With stochastic depth a branch reads the rows that it keeps where they lie, and is added to them there, not by passes
+over memory of their own (:class:`Chosen`). What was read is copied on the way, for the backward pass.
 
 Tensors are fp32 or bf16. bf16 is multiplied by instructions for it where those are the faster ones, and as fp32 where
 they are not (:func:`dinov2_fsdp.models.products.widens`); sums, norms and activations are in fp32.
@@ -300,7 +300,8 @@ def _others(matrix: Tensor, chosen: Chosen) -> Tensor:
 
 
 # Operations of torch's, for whatever looks at them: what they multiply is counted. With `rows` they read these of a
-# longer matrix, and write these of `into`, times `factors`; the backward passes get the tokens that were read.
+# longer matrix, and write these of `into`, times `factors`; the backward passes get the tokens that were read. `into`
+# may be what is read, row by row: nothing may reorder them.
 
 
 def _feed_forward(

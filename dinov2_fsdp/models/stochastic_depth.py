@@ -24,12 +24,17 @@ from dinov2_fsdp.models.layout import Layout
 class Subset:
     """The sequences that one branch keeps: their packed ``layout``, token ``rows`` and ``scale``.
 
-    ``rows``: ``(kept_tokens,)`` int64, rows of the full packed tensor. ``scale``: ``(kept_tokens, 1)`` float32.
+    ``rows``: ``(kept_tokens,)`` int64, rows of the full packed tensor. ``scale_bits``: :attr:`scale`, as integers.
     """
 
     layout: Layout
     rows: Tensor
-    scale: Tensor
+    scale_bits: Tensor
+
+    @property
+    def scale(self) -> Tensor:
+        """``(kept_tokens, 1)`` float32, what each token's result is multiplied by."""
+        return self.scale_bits.view(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -37,17 +42,25 @@ class DepthPlan:
     """Subsets of all ``2 · depth`` branches: attention of block 0, feed-forward of block 0, attention of block 1, …
 
     ``rows``: ``(2 · depth, kept_tokens)`` int64. Every branch keeps as many sequences of each group as the others.
+    ``scale_bits``: the bits of ``(kept_tokens, 1)`` float32 as int32. As numbers FSDP would round them: it casts all
+    that a unit is given, and looks into dataclasses too.
     """
 
     layout: Layout
     rows: Tensor
-    scale: Tensor
+    scale_bits: Tensor
+
+    @property
+    def scale(self) -> Tensor:
+        """``(kept_tokens, 1)`` float32, what each token's result is multiplied by."""
+        return self.scale_bits.view(torch.float32)
 
     def subset(self, branch: int) -> Subset:
-        return Subset(self.layout, self.rows[branch], self.scale)
+        return Subset(self.layout, self.rows[branch], self.scale_bits)
 
     def to(self, device: torch.device) -> DepthPlan:
-        return DepthPlan(self.layout, self.rows.to(device, non_blocking=True), self.scale.to(device, non_blocking=True))
+        rows, bits = (tensor.to(device, non_blocking=True) for tensor in (self.rows, self.scale_bits))
+        return DepthPlan(self.layout, rows, bits)
 
 
 def kept_sequences(sequences: int, drop: float) -> int:
@@ -67,9 +80,8 @@ def draw_plan(layout: Layout, depth: int, drop: float, rng: np.random.Generator)
         tokens = start + order[:, :, None] * length + np.arange(length)
         rows.append(tokens.reshape(2 * depth, keep * length))
         scales.append(np.full(keep * length, sequences / keep, dtype=np.float32))
-    return DepthPlan(
-        kept, torch.from_numpy(np.concatenate(rows, axis=1)), torch.from_numpy(np.concatenate(scales))[:, None]
-    )
+    scale_bits = np.concatenate(scales).view(np.int32)
+    return DepthPlan(kept, torch.from_numpy(np.concatenate(rows, axis=1)), torch.from_numpy(scale_bits)[:, None])
 
 
 def add_residual(
@@ -87,9 +99,10 @@ def add_residual(
     """
     if subset is None:
         return branch(tokens, layout, True)
-    if at_once is not None and (done := at_once(tokens, subset)) is not None:
+    compiling = torch.compiler.is_compiling()
+    if at_once is not None and not compiling and (done := at_once(tokens, subset)) is not None:
         return done
-    if torch.compiler.is_compiling():  # which does not follow the way of the gradient below
+    if compiling:  # which does not follow the way of the gradient below
         kept = tokens.index_select(0, subset.rows)
     else:
         kept, tokens = _TakeRows.apply(tokens, subset.rows)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dinov2_fsdp.config import ARCHITECTURES, ModelConfig, width_depth_heads
+from dinov2_fsdp.checkpoint import list_checkpoints
+from dinov2_fsdp.config import ARCHITECTURES, ModelConfig, load, width_depth_heads
 from dinov2_fsdp.errors import UserError
 from dinov2_fsdp.models.initialise import fill
 from dinov2_fsdp.models.vision_transformer import VisionTransformer, stretch_positions
@@ -38,7 +39,7 @@ def start_from(path: str | Path, model: ModelConfig, *backbones: nn.Module) -> W
         assert isinstance(backbone, VisionTransformer)
         parameters = {clean_name(name): parameter for name, parameter in backbone.named_parameters()}
         tensors = _for_grid(weights, backbone)
-        _check_model(weights, model)
+        _check_model(weights.source, weights.model, weights.image_size, model)
         check(parameters, tensors, weights.source, "this config's model")
         for name, parameter in parameters.items():
             fill(parameter, tensors[name].float())
@@ -51,13 +52,20 @@ def check_backbone(path: str | Path, model: ModelConfig) -> None:
     Raises:
         UserError: the file is not there, holds no weights, or those of another model.
     """
-    _check_model(read_weights(path), model)
+    saved = Path(path) / "config.yaml"
+    if saved.is_file() and list_checkpoints(Path(path)):
+        # Of a run the config says enough: to read a checkpoint is to compare all its files with their hashes.
+        held = load(saved)
+        _check_model(str(path), held.model, held.crops.global_size, model)
+    else:
+        weights = read_weights(path)
+        _check_model(weights.source, weights.model, weights.image_size, model)
 
 
-def _check_model(weights: Weights, model: ModelConfig) -> None:
-    if different := _differences(model, weights.model):
+def _check_model(source: str, held: ModelConfig, image_size: int, model: ModelConfig) -> None:
+    if different := _differences(model, held):
         raise UserError(
-            f"{weights.source} holds {describe(weights.model, weights.image_size)}, not the model of this config\n"
+            f"{source} holds {describe(held, image_size)}, not the model of this config\n"
             f"to start from it, set {' '.join(different)}"
         )
 

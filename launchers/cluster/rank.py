@@ -144,6 +144,7 @@ def _train(submission: Submission, config_file: str, place: Place, lives: Lives,
     config = load(config_file)
     if place.rank == 0:
         images = local.check_data(config)
+        local.check_start(config)
         local.check_run_directory(config, overwrite=False)
         assert place.life is not None
         lives.say(place.life, "plan", {"steps": lengths(config, images).total})

@@ -197,7 +197,12 @@ def _check_run(run: Run, arguments: argparse.Namespace) -> list[str]:
             f"data.train={run.config.data.train}: {missing} does not exist here\n"
             "where only the nodes see it, add --remote-data"
         )
+    if not arguments.remote_data and (start := run.config.init.backbone) and not Path(start).exists():
+        raise UserError(
+            f"init.backbone={start} does not exist here\nwhere only the nodes see it and the data, add --remote-data"
+        )
     notes += checks.check_shared(run.directory)
+    local.check_start_apart(run.config, arguments.overwrite)
     local.check_run_directory(run.config, arguments.overwrite)
     return notes
 
