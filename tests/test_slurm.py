@@ -162,6 +162,7 @@ def test_time_limits_are_read_as_sbatch_reads_them(text: str, minutes: int) -> N
         (["--partition", "short", "--time", "2h"], "--time 2h: partition 'short' allows 60 minutes"),
         (["--partition", "short", "parallel.device=cuda", "--gpus-per-node", "1"], "have 0; use another --partition"),
         (["data.train=folder:/nowhere/at/all"], "/nowhere/at/all does not exist here\nwhere only the nodes see it"),
+        (["init.backbone=/nowhere.pth"], "init.backbone=/nowhere.pth does not exist here\nwhere only the nodes see it"),
     ],
 )  # fmt: skip
 def test_what_the_cluster_has_not_is_refused(
@@ -198,6 +199,16 @@ def test_a_finished_run_is_not_submitted_again(
     (run / "metrics.jsonl").write_text('{"step": 4, "images": 16, "eta": 3}\n')
     assert start("--output-dir", "run", *CPU) == 0
     assert (run / "slurm").is_dir()
+
+
+def test_a_run_that_goes_on_needs_no_backbone_to_start_from(stub: Stub, working_folder: Path) -> None:
+    stub()
+    run, start_from = working_folder / "run", [*CPU, "init.backbone=/gone.pth"]
+    (run / "checkpoints" / "step_00000002").mkdir(parents=True)
+    (run / "config.yaml").write_text(to_yaml(load(None, start_from)))
+    assert "/gone.pth does not exist here" in refusal("--output-dir", "run", "--overwrite", *start_from)
+    assert (run / "checkpoints" / "step_00000002").is_dir()
+    assert start("--output-dir", "run", *start_from) == 0
 
 
 def test_what_sbatch_refuses_is_said_in_its_words(stub: Stub, working_folder: Path) -> None:

@@ -197,7 +197,8 @@ def _check_run(run: Run, arguments: argparse.Namespace) -> list[str]:
             f"data.train={run.config.data.train}: {missing} does not exist here\n"
             "where only the nodes see it, add --remote-data"
         )
-    if not arguments.remote_data and (start := run.config.init.backbone) and not Path(start).exists():
+    start, goes_on = run.config.init.backbone, bool(progress.saved_steps(run.directory)) and not arguments.overwrite
+    if start and not (goes_on or arguments.remote_data or Path(start).exists()):
         raise UserError(
             f"init.backbone={start} does not exist here\nwhere only the nodes see it and the data, add --remote-data"
         )
