@@ -145,6 +145,7 @@ def test_a_dry_run_refuses_what_the_run_would(tmp_path: Path, overrides: dict[st
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_looks_at_the_run_directory_and_leaves_it_alone(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
@@ -165,6 +166,7 @@ def test_a_backbone_that_is_not_there_leaves_no_run_directory(tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_a_run_is_to_start_from_is_not_overwritten(finished: Path) -> None:
     arguments = (LAUNCHER, "--config", str(finished.with_suffix(".yaml")), "--overwrite")
     for inside in (finished, finished / "checkpoints" / "step_00000002"):
