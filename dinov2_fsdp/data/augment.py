@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +30,14 @@ BLUR_PROBABILITIES: dict[str, tuple[float, float, float]] = {
 The released code hands ``1 - p`` to ``RandomApply`` by mistake, and the released weights were trained so.
 """
 
+Uniform = Callable[[int], list[float]]
+"""Gives so many numbers in [0, 1)."""
+
 CROP_TRIES = 10
+_NUMBERS = 11
+"""Of a crop, besides its box."""
+_BOX_NUMBERS = 4
+"""Of a try to find one."""
 JITTER_ORDERS = tuple(itertools.permutations(range(4)))
 
 
@@ -88,28 +95,58 @@ def draw(spec: CropSpec, width: int, height: int, rng: np.random.Generator) -> C
     Distributed as torchvision's ``RandomResizedCrop`` and ``ColorJitter``: factors uniform in
     [max(0, 1 - strength), 1 + strength], hue uniform in [-strength, strength], operations in random order.
     """
-    # One call to the generator instead of a dozen: on a 32-pixel image those would cost more than the blur.
-    u = rng.random(11).tolist()
+    return _draw(spec, width, height, lambda count: rng.random(count).tolist())
+
+
+def _draw(spec: CropSpec, width: int, height: int, uniform: Uniform) -> CropParameters:
+    flip, jittered, order, *factors, gray, blur, sigma, solarize = uniform(_NUMBERS)
     jitter: tuple[tuple[str, float], ...] = ()
-    if u[1] < spec.jitter_p:
-        brightness, contrast, saturation, hue = spec.color_jitter
-        operations = (
-            ("brightness", brightness, _between(max(0.0, 1 - brightness), 1 + brightness, u[3])),
-            ("contrast", contrast, _between(max(0.0, 1 - contrast), 1 + contrast, u[4])),
-            ("saturation", saturation, _between(max(0.0, 1 - saturation), 1 + saturation, u[5])),
-            ("hue", hue, _between(-hue, hue, u[6])),
+    if jittered < spec.jitter_p:
+        ranges = _jitter_ranges(spec.color_jitter)
+        jitter = tuple(
+            [
+                (name, low + (high - low) * factors[i])
+                for i in JITTER_ORDERS[int(order * len(JITTER_ORDERS))]
+                for name, low, high in ranges[i]
+            ]
         )
-        # A strength of 0 is left out, not applied: the way to HSV and back is not lossless.
-        order = JITTER_ORDERS[int(u[2] * len(JITTER_ORDERS))]
-        jitter = tuple([operations[i][::2] for i in order if operations[i][1] > 0])
     return CropParameters(
-        box=_draw_box(spec, width, height, rng),
-        flip=u[0] < spec.flip_p,
+        box=_draw_box(spec, width, height, uniform),
+        flip=flip < spec.flip_p,
         jitter=jitter,
-        gray=u[7] < spec.gray_p,
-        blur_sigma=_between(*spec.blur_sigma, u[9]) if u[8] < spec.blur_p else None,
-        solarize_threshold=spec.solarize_threshold if u[10] < spec.solarize_p else None,
+        gray=gray < spec.gray_p,
+        blur_sigma=_between(*spec.blur_sigma, sigma) if blur < spec.blur_p else None,
+        solarize_threshold=spec.solarize_threshold if solarize < spec.solarize_p else None,
     )
+
+
+@functools.cache
+def _jitter_ranges(strengths: tuple[float, float, float, float]) -> list[list[tuple[str, float, float]]]:
+    """Return each operation with its least and greatest factor, in a list of its own.
+
+    That is empty for a strength of 0, which is left out and not applied: the way to HSV and back is not lossless.
+    """
+    *blended, hue = strengths
+    ranges = [(max(0.0, 1 - strength), 1 + strength) for strength in blended] + [(-hue, hue)]
+    names = ("brightness", "contrast", "saturation", "hue")
+    return [[(name, *both)] if by > 0 else [] for name, by, both in zip(names, strengths, ranges, strict=True)]
+
+
+def _many_at_a_time(rng: np.random.Generator, count: int) -> Uniform:
+    """Return the generator's numbers as single calls would give them, ``count`` drawn at once.
+
+    Two dozen calls to it take as long as the blur of a small image.
+    """
+    waiting = rng.random(count)[::-1].tolist()
+
+    def uniform(wanted: int) -> list[float]:
+        if len(waiting) < wanted:
+            waiting[:0] = rng.random(count)[::-1].tolist()
+        taken = waiting[: -wanted - 1 : -1]
+        del waiting[-wanted:]
+        return taken
+
+    return uniform
 
 
 def apply(image: Image.Image, parameters: CropParameters, size: int) -> NDArray[np.uint8]:
@@ -150,7 +187,8 @@ class MultiCrop:
     def draw(self, width: int, height: int, rng: np.random.Generator) -> list[CropParameters]:
         """Return the parameters of all crops: the two global ones, then the local ones."""
         specs = [self.global_1, self.global_2, *[self.local] * self.n_local]
-        return [draw(spec, width, height, rng) for spec in specs]
+        uniform = _many_at_a_time(rng, (_NUMBERS + 2 * _BOX_NUMBERS) * len(specs))  # nearly all boxes take a try or two
+        return [_draw(spec, width, height, uniform) for spec in specs]
 
     def fill(
         self,
@@ -235,11 +273,11 @@ def _between(low: float, high: float, u: float) -> float:
     return low + (high - low) * u
 
 
-def _draw_box(spec: CropSpec, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+def _draw_box(spec: CropSpec, width: int, height: int, uniform: Uniform) -> tuple[int, int, int, int]:
     least, greatest = spec.ratio
     log_least, log_greatest = _logarithms(spec.ratio)
     for _ in range(CROP_TRIES):
-        u_area, u_ratio, u_top, u_left = rng.random(4).tolist()
+        u_area, u_ratio, u_top, u_left = uniform(_BOX_NUMBERS)
         area = width * height * _between(*spec.scale, u_area)
         ratio = math.exp(_between(log_least, log_greatest, u_ratio))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))

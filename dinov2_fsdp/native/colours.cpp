@@ -123,10 +123,15 @@ inline __m512i weighted(const std::int16_t* kernel, Index radius, const Lines& l
 void blur(Byte* plane, Index size, const std::int16_t* kernel, Index radius) {
   const Index width = (size + kWide - 1) / kWide * kWide, taps = 2 * radius + 1;
   const Scratch<std::int16_t> wide(width + 2 * radius), filtered(taps * width);
-  const Scratch<std::int16_t*> lines(taps);
+  // Where each row is kept once it was filtered along, with those beyond the borders: as many as a filter sees stay.
+  const Scratch<std::int16_t*> places(size + 2 * radius);
+  std::int16_t** const lines = places.get() + radius;
+  for (Index row = 0, at = 0; row < size; ++row, at = at + 1 < taps ? at + 1 : 0)
+    lines[row] = filtered.get() + at * width;
+  for (Index i = 1; i <= radius; ++i) lines[-i] = lines[0], lines[size - 1 + i] = lines[size - 1];
   const auto filter_row = [&](Index row) {
     const Byte* in = plane + row * size;
-    std::int16_t *middle = wide.get() + radius, *out = filtered.get() + (row % taps) * width;
+    std::int16_t *middle = wide.get() + radius, *out = lines[row];
     for (Index i = 0; i < size; i += kWide) {
       const auto mask = static_cast<__mmask32>(size - i >= kWide ? 0xffffffffu : (1u << (size - i)) - 1u);
       const __m512i values = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, in + i));
@@ -143,12 +148,9 @@ void blur(Byte* plane, Index size, const std::int16_t* kernel, Index radius) {
   for (Index row = 0; row < size; ++row) {
     // A row is written when all that depend on it were filtered along it.
     for (; done < std::min(size, row + radius + 1); ++done) filter_row(done);
-    for (Index i = 0; i < taps; ++i)
-      lines.get()[i] = filtered.get() + std::min(std::max<Index>(row + i - radius, 0), size - 1) % taps * width;
+    std::int16_t* const* middle = lines + row;
     for (Index i = 0; i < width; i += kWide) {
-      const __m512i sum = weighted(kernel, radius, [&](Index by) {
-        return _mm512_loadu_si512(lines.get()[radius + by] + i);
-      });
+      const __m512i sum = weighted(kernel, radius, [=](Index by) { return _mm512_loadu_si512(middle[by] + i); });
       const __m512i rounded = _mm512_srli_epi16(_mm512_add_epi16(sum, _mm512_set1_epi16(1 << (kBits - 1))), kBits);
       const auto mask = static_cast<__mmask32>(size - i >= kWide ? 0xffffffffu : (1u << (size - i)) - 1u);
       _mm512_mask_cvtusepi16_storeu_epi8(plane + row * size + i, mask, rounded);

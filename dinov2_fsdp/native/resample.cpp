@@ -80,12 +80,13 @@ class Filter {
 class Sums {
  public:
   static constexpr Index kParts = 3;
-  // Put the weight of a lane's pixel number `tap` into kParts registers of `lanes` lanes.
-  static void lay_out(std::int32_t weight, Index lane, Index tap, Index lanes, std::int32_t* parts) {
+  // Put the weights of a lane's four pixels into kParts registers of `lanes` lanes, of which `parts` is the first's lane.
+  static void lay_out(const std::int32_t* weights, Index lanes, std::int32_t* parts) {
+    __m128i rest = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weights));
     for (Index part = kParts - 1; part >= 0; --part) {
-      const auto low = static_cast<std::int8_t>(weight & 0xff);
-      reinterpret_cast<std::int8_t*>(parts + part * lanes + lane)[tap] = low;
-      weight = (weight - low) / 256;
+      parts[part * lanes] = _mm_cvtsi128_si32(_mm_cvtepi32_epi8(rest));
+      const __m128i low = _mm_srai_epi32(_mm_slli_epi32(rest, 24), 24);
+      rest = _mm_srai_epi32(_mm_sub_epi32(rest, low), 8);
     }
   }
   void add(__m512i pixels, const __m512i (&by)[kParts]) {
@@ -105,11 +106,13 @@ class Sums {
 class Sums {
  public:
   static constexpr Index kParts = 4;  // upper halves of the first and third pixel and of the others, then lower halves
-  static void lay_out(std::int32_t weight, Index lane, Index tap, Index lanes, std::int32_t* parts) {
-    const std::int32_t high = (weight + kHalf / 2) >> kHalfBits, odd = tap % 2;
-    reinterpret_cast<std::int16_t*>(parts + odd * lanes + lane)[tap / 2] = static_cast<std::int16_t>(high);
-    reinterpret_cast<std::int16_t*>(parts + (2 + odd) * lanes + lane)[tap / 2] =
-        static_cast<std::int16_t>(weight - high * kHalf);
+  static void lay_out(const std::int32_t* weights, Index lanes, std::int32_t* parts) {
+    for (Index tap = 0; tap < kTaps; ++tap) {
+      const std::int32_t high = (weights[tap] + kHalf / 2) >> kHalfBits, odd = tap % 2;
+      reinterpret_cast<std::int16_t*>(parts + odd * lanes)[tap / 2] = static_cast<std::int16_t>(high);
+      reinterpret_cast<std::int16_t*>(parts + (2 + odd) * lanes)[tap / 2] =
+          static_cast<std::int16_t>(weights[tap] - high * kHalf);
+    }
   }
   void add(__m512i pixels, const __m512i (&by)[kParts]) {
     const __m512i even = _mm512_and_si512(pixels, _mm512_set1_epi16(0xff)), odd = _mm512_srli_epi16(pixels, 8);
@@ -129,17 +132,17 @@ class Sums {
 
 constexpr Index kParts = Sums::kParts;
 
-// A filter along rows for sixteen pixels of the result: where in a channel each begins behind `base`, and whether all of
-// them are in one register's bytes from there.
+// A filter along rows for sixteen pixels of the result: where in a channel each begins behind `base`.
 struct Group {
   Index base;
-  bool is_near;
   alignas(kRegister) std::int32_t places[kLanes];
-  alignas(kRegister) Byte bytes[kRegister];  // of four pixels for each lane, if they are near
+  alignas(kRegister) Byte bytes[kRegister];  // of four pixels for each lane, if they are in one register
 };
 
-// Groups, and the parts of their weights, (most / kTaps, kParts, kLanes) each.
-void group_filter(const Filter& filter, Index size, bool flip, Group* groups, std::int32_t* parts) {
+// Groups, and the parts of their weights, (most / kTaps, kParts, kLanes) each; returns whether what every group begins
+// with is in one register's bytes.
+bool group_filter(const Filter& filter, Index size, bool flip, Group* groups, std::int32_t* parts) {
+  bool all_near = true;
   for (Index g = 0; kLanes * g < size; ++g) {
     Group& group = groups[g];
     const auto of_lane = [&](Index lane) {
@@ -147,17 +150,17 @@ void group_filter(const Filter& filter, Index size, bool flip, Group* groups, st
       return flip ? size - 1 - x : x;
     };
     group.base = filter.firsts.get()[std::min(of_lane(0), of_lane(kLanes - 1))];
-    group.is_near = true;
     for (Index lane = 0; lane < kLanes; ++lane) {
       const Index x = of_lane(lane), place = filter.firsts.get()[x] - group.base;
       group.places[lane] = static_cast<std::int32_t>(place);
-      group.is_near = group.is_near && place + kTaps <= kRegister;
+      all_near = all_near && place + kTaps <= kRegister;
       for (Index tap = 0; tap < kTaps; ++tap) group.bytes[kTaps * lane + tap] = static_cast<Byte>(place + tap);
-      for (Index k = 0; k < filter.most; ++k)
-        Sums::lay_out(filter.weights.get()[x * filter.most + k], lane, k % kTaps, kLanes,
-                      parts + (g * filter.most + k) / kTaps * kParts * kLanes);
+      for (Index k = 0; k < filter.most; k += kTaps)
+        Sums::lay_out(filter.weights.get() + x * filter.most + k, kLanes,
+                      parts + (g * filter.most + k) / kTaps * kParts * kLanes + lane);
     }
   }
+  return all_near;
 }
 
 inline __m512i load(const void* from) { return _mm512_load_si512(from); }
@@ -179,23 +182,25 @@ struct FromOne {
 using FromOne = FromMemory;
 #endif
 
-// Sixteen pixels, whose channels lie `wide` bytes apart in the row and `narrow` in the result. What is read moves on with
+// A row, whose channels lie `wide` bytes apart, and `narrow` in the result. What is read for sixteen pixels moves on with
 // the filter, the places behind it stay.
 template <typename From>
-inline void filter_from(const Group& group, Index quads, const std::int32_t* parts, const Byte* row, Index wide,
-                        Byte* out, Index narrow) {
-  const From pick(group);
-  Sums sums[3];
-  const Byte* at = row + group.base;
-  for (Index quad = 0; quad < quads; ++quad, at += kTaps, parts += kParts * kLanes) {
-    __m512i by[kParts];
-    for (Index part = 0; part < kParts; ++part) by[part] = load(parts + part * kLanes);
-    for (Index channel = 0; channel < 3; ++channel) sums[channel].add(pick(at + channel * wide), by);
-  }
-  for (Index channel = 0; channel < 3; ++channel) {
-    const __m512i total = _mm512_srai_epi32(sums[channel].total(), kBits);
-    const __m128i limited = _mm512_cvtusepi32_epi8(_mm512_max_epi32(total, _mm512_setzero_si512()));
-    _mm_store_si128(reinterpret_cast<__m128i*>(out + channel * narrow), limited);
+inline void filter_along(const Group* groups, Index count, Index quads, const std::int32_t* parts, const Byte* row,
+                         Index wide, Byte* out, Index narrow) {
+  for (const Group* group = groups; group < groups + count; ++group, out += kLanes) {
+    const From pick(*group);
+    Sums sums[3];
+    const Byte* at = row + group->base;
+    for (Index quad = 0; quad < quads; ++quad, at += kTaps, parts += kParts * kLanes) {
+      __m512i by[kParts];
+      for (Index part = 0; part < kParts; ++part) by[part] = load(parts + part * kLanes);
+      for (Index channel = 0; channel < 3; ++channel) sums[channel].add(pick(at + channel * wide), by);
+    }
+    for (Index channel = 0; channel < 3; ++channel) {
+      const __m512i total = _mm512_srai_epi32(sums[channel].total(), kBits);
+      const __m128i limited = _mm512_cvtusepi32_epi8(_mm512_max_epi32(total, _mm512_setzero_si512()));
+      _mm_store_si128(reinterpret_cast<__m128i*>(out + channel * narrow), limited);
+    }
   }
 }
 
@@ -279,9 +284,10 @@ void resample(const Byte* image, Index row_bytes, const Crop& crop) {
   const Index parts_along = along.most / kTaps * kParts * kLanes, parts_across = across.most / kTaps * kParts;
   const Scratch<Group> grouped(groups);
   const Scratch<std::int32_t> by_along(groups * parts_along), by_across(size * parts_across);
-  group_filter(along, size, crop.flip != 0, grouped.get(), by_along.get());
-  for (Index i = 0; i < size * across.most; ++i)
-    Sums::lay_out(across.weights.get()[i], 0, i % kTaps, 1, by_across.get() + i / kTaps * kParts);
+  const bool is_near = group_filter(along, size, crop.flip != 0, grouped.get(), by_along.get());
+  const auto filter = is_near ? filter_along<FromOne> : filter_along<FromMemory>;
+  for (Index i = 0; i < size * across.most; i += kTaps)
+    Sums::lay_out(across.weights.get() + i, 1, by_across.get() + i / kTaps * kParts);
   // What is read behind a row's end, by lanes without weights, has to be memory.
   const Index wide = whole_registers(width) + whole_registers(along.most) + kRegister;
   const Scratch<Byte> row(3 * wide), kept(across.most * flat), line(flat);
@@ -298,11 +304,7 @@ void resample(const Byte* image, Index row_bytes, const Crop& crop) {
       for (Index at = 0; done + kAhead < height && at < 3 * width; at += kRegister)
         _mm_prefetch(reinterpret_cast<const char*>(from + kAhead * row_bytes + at), _MM_HINT_T0);
       Byte* out = kept.get() + done % across.most * flat;
-      for (Index g = 0; g < groups; ++g) {
-        const Group& group = grouped.get()[g];
-        const auto filter = group.is_near ? filter_from<FromOne> : filter_from<FromMemory>;
-        filter(group, along.most / kTaps, by_along.get() + g * parts_along, row.get(), wide, out + kLanes * g, narrow);
-      }
+      filter(grouped.get(), groups, along.most / kTaps, by_along.get(), row.get(), wide, out, narrow);
     }
     for (Index k = 0, at = first % across.most; k < across.most; ++k, at = at + 1 < across.most ? at + 1 : 0)
       lines.get()[k] = kept.get() + at * flat;
