@@ -131,28 +131,27 @@ class CompiledAttention:
         return min(_repeated(run, device), sum(seconds_of(product, device) for product in self.products))
 
 
-def of_branch(name: str, arguments: tuple[Any, ...]) -> list[Product]:
-    """Return the products of an operation of :mod:`dinov2_fsdp.models.branches`, as libraries would be given them."""
-    matrices = [given for given in arguments if isinstance(given, Tensor) and given.dim() == 2]
-    if name == "feed_forward":
-        tokens, *weights = matrices
-    elif name == "feed_forward_backward":
-        _grad, tokens, *weights, _kept = matrices
-    elif not name.endswith("backward"):  # what the layer is given and its weight; what is added, if anything
-        tokens, *weights = matrices[:2]
-    else:  # the gradient, what the layer was given, its weight; what the gradient is added to, if anything
-        _grad, tokens, *weights = matrices[:3]
-    rows, dtype = len(tokens), torch.float32 if widens(tokens) else tokens.dtype
+def of_branch(func: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Product]:
+    """Return the products of an operation of :mod:`dinov2_fsdp.models.branch_operations`, as libraries would be given
+    them: of the rows that are multiplied, which stochastic depth chooses."""
+    schema = func._schema
+    given = dict(zip((argument.name for argument in schema.arguments), arguments, strict=False)) | keywords
+    backward = schema.name.endswith("backward")
+    tokens = given.get("taken", given.get("tokens"))
+    # A backward pass, and what goes on with rows that were taken, are given the chosen ones alone.
+    chosen = None if backward or "taken" in given else given.get("rows")
+    rows = len(tokens if chosen is None else chosen)
+    dtype = torch.float32 if widens(tokens) else tokens.dtype
 
     def of(weight: Tensor) -> list[Product]:
         out, inner = weight.shape
-        given, grad = Operand((rows, inner), (inner, 1)), Operand((rows, out), (out, 1))
-        if not name.endswith("backward"):
-            return [Product(given, Operand((inner, out), (1, inner), packed=True), dtype)]
-        of_weight = Product(Operand((out, rows), (1, out)), given, dtype)
+        left, grad = Operand((rows, inner), (inner, 1)), Operand((rows, out), (out, 1))
+        if not backward:
+            return [Product(left, Operand((inner, out), (1, inner), packed=True), dtype)]
+        of_weight = Product(Operand((out, rows), (1, out)), left, dtype)
         return [Product(grad, Operand((out, inner), (inner, 1)), dtype), of_weight]
 
-    return [product for weight in weights for product in of(weight)]
+    return [product for name, weight in given.items() if name.startswith("weight") for product in of(weight)]
 
 
 MATRICES = {"mm": (0, 1), "addmm": (1, 2), "addmm_": (1, 2), "bmm": (0, 1), "_linear_pointwise": (0, 1)}
@@ -186,7 +185,7 @@ class ProductRecorder(TorchDispatchMode):
                 length, _, heads, dim = len(qkv) // sequences, *qkv.shape[1:]
                 self.products[CompiledAttention(sequences, length, heads, dim, backward, how)] += 1
             else:
-                self.products.update(of_branch(name, args))
+                self.products.update(of_branch(func, args, kwargs or {}))
         elif func.overloadpacket.__name__ == "convolution" and (batch := _batch_of(*args)):
             self.products[batch] += 1
         elif func.overloadpacket.__name__ in ("baddbmm", "convolution", "convolution_backward") or (

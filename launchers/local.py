@@ -38,6 +38,7 @@ from dinov2_fsdp.errors import (
     run_cli,
     show,
 )
+from dinov2_fsdp.memory import machine_memory
 from dinov2_fsdp.parallel.place import (
     Place,
     available_cores,
@@ -110,7 +111,7 @@ def main() -> int:
                 if gpu is None:  # else it is a plan for other machines
                     check_start(config, arguments.overwrite)
                     check_run_directory(config, arguments.overwrite, look_only=True)
-                memory = None if kind == "cuda" else _memory() / here
+                memory = None if kind == "cuda" else machine_memory() / here
                 print(plan(config, processes, kind, images, gpu, memory))
             elif place.launcher is None:
                 check_start(config, arguments.overwrite)
@@ -180,11 +181,6 @@ def check_start_apart(config: Config, overwrite: bool) -> None:
         raise UserError(
             f"init.backbone={start} lies in {directory}, which --overwrite would delete; choose another --output-dir"
         )
-
-
-def _memory() -> float:
-    """Return the bytes of this machine's memory."""
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def check_run_directory(config: Config, overwrite: bool, look_only: bool = False) -> None:

@@ -37,9 +37,9 @@ def small(**changes: Any) -> Config:
     return tiny_config(**{**settled, **changes})
 
 
-@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
-def test_the_recorded_products_of_a_step_are_those_of_the_formula(ffn: str) -> None:
-    config = small(model__ffn=ffn)
+@pytest.mark.parametrize(("ffn", "dropped"), [("mlp", 0.0), ("mlp", 0.5), ("swiglu", 0.0), ("swiglu", 0.5)])
+def test_the_recorded_products_of_a_step_are_those_of_the_formula(ffn: str, dropped: float) -> None:
+    config = small(model__ffn=ffn, model__drop_path=dropped)
     recorded, _ = record_step(config)
     counted = sum(product.flops * count for product, count in recorded.all.items())
     assert recorded.others == {}, "operations that are not counted"

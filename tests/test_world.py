@@ -7,9 +7,12 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+from dinov2_fsdp.memory import machine_memory
 
 CAPACITIES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
@@ -34,6 +37,31 @@ def test_a_cpu_uses_freed_memory_again() -> None:
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     last = json.loads(done.stdout)[-4:]
     assert max(last) < 100, last
+
+
+MACHINE = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "expected"),
+    [
+        ("0::/job/step", {"sys/fs/cgroup/job/memory.max": "1000", "sys/fs/cgroup/job/step/memory.max": "max"}, 1000.0),
+        ("0::/job/step", {"sys/fs/cgroup/memory.max": "3000", "sys/fs/cgroup/job/step/memory.max": "2000"}, 2000.0),
+        ("0::/as/outside", {"sys/fs/cgroup/memory.max": "4000"}, 4000.0),
+        ("3:cpuset:/\n4:cpu,memory:/job", {"sys/fs/cgroup/memory/job/memory.limit_in_bytes": "5000"}, 5000.0),
+        ("4:memory:/", {"sys/fs/cgroup/memory/memory.limit_in_bytes": str(2**63 - 4096)}, MACHINE),
+        ("0::/", {}, MACHINE),
+        (None, {}, MACHINE),
+    ],
+    ids=["above", "least", "a container", "version 1", "version 1, none", "none", "not Linux"],
+)
+def test_memory_is_what_a_control_group_allows(
+    groups: str | None, limits: dict[str, str], expected: float, tmp_path: Path
+) -> None:
+    for name, text in {**limits, **({} if groups is None else {"proc/self/cgroup": groups})}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert machine_memory(tmp_path) == expected
 
 
 GROWTH = """

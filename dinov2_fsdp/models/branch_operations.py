@@ -137,10 +137,10 @@ def _norm_linear_backward(
 
 
 def _scaled_linear(
-    rows: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, onto: Tensor | None, how: int
+    taken: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor | None, onto: Tensor | None, how: int
 ) -> Tensor:
-    out = rows.new_empty(len(rows), len(weight))
-    _write_scaled_linear(rows, weight, bias, gamma, onto, how, None, None, out)
+    out = taken.new_empty(len(taken), len(weight))
+    _write_scaled_linear(taken, weight, bias, gamma, onto, how, None, None, out)
     return out
 
 
@@ -215,7 +215,7 @@ for _schema, _function in {
     "Tensor? rows=None) -> Tensor[]": _norm_linear,
     f"norm_linear_backward(Tensor grad, Tensor tokens, {_NORM}, Tensor weight, Tensor mean, Tensor scale, "
     f"Tensor? onto, int how, Tensor? rows=None, {_INTO}) -> Tensor[]": _norm_linear_backward,
-    "scaled_linear(Tensor rows, Tensor weight, Tensor bias, Tensor? gamma, Tensor? onto, "
+    "scaled_linear(Tensor taken, Tensor weight, Tensor bias, Tensor? gamma, Tensor? onto, "
     "int how) -> Tensor": _scaled_linear,
     "scaled_linear_onto(Tensor taken, Tensor weight, Tensor bias, Tensor? gamma, Tensor onto, int how, Tensor rows, "
     "Tensor factors, Tensor(a!) into) -> ()": _write_scaled_linear,
