@@ -26,6 +26,8 @@ _VARIANTS = {
 }
 # Neither errno nor traps: functions and comparisons may become vector instructions. No result depends on it.
 _OPTIONS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+# GCC 12 warns of its own headers for AVX-512, thousands of times: what is wrong with a build could not be found.
+_OPTIONS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
 def compiled():
