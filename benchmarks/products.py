@@ -137,9 +137,7 @@ def of_branch(func: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -
     schema = func._schema
     given = dict(zip((argument.name for argument in schema.arguments), arguments, strict=False)) | keywords
     backward = schema.name.endswith("backward")
-    tokens = given.get("taken", given.get("tokens"))
-    # A backward pass, and what goes on with rows that were taken, are given the chosen ones alone.
-    chosen = None if backward or "taken" in given else given.get("rows")
+    tokens, chosen = given.get("taken", given.get("tokens")), given.get("rows")
     rows = len(tokens if chosen is None else chosen)
     dtype = torch.float32 if widens(tokens) else tokens.dtype
 

@@ -30,10 +30,10 @@ def machine_memory(root: Path = Path("/")) -> float:
     """
     least = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
+        groups = (root / "proc/self/cgroup").read_text(errors="surrogateescape").splitlines()
     except OSError:  # not Linux, or without control groups
         return least
-    for line in groups:
+    for line in filter(None, groups):
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             top, name = root / "sys/fs/cgroup", "memory.max"

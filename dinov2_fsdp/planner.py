@@ -132,7 +132,7 @@ def plan(
             text += f"\nwarning: that is too much for a GPU of {gib:g} GiB; "
         else:  # more processes would share the same memory
             ways = [way for way in ways if "processes" not in way]
-            text += f"\nwarning: that is too much for the {gib:.0f} GiB that this machine has for each process; "
+            text += f"\nwarning: that is too much for the {round(gib, 1):g} GiB that this machine allows each process; "
         text += (
             f"what would fit: {', or '.join(ways)}"
             if ways

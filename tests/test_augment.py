@@ -284,6 +284,16 @@ def test_each_crop_is_drawn_from_its_own_spec() -> None:
     assert any(p.solarize_threshold is not None for p in second)
 
 
+@pytest.mark.parametrize("size", [(500, 375), (1000, 300), (3000, 40)], ids=str)
+def test_all_crops_have_the_numbers_that_one_after_the_other_would_draw(size: tuple[int, int]) -> None:
+    """The longer an image, the more boxes are tried in vain, and the sooner more numbers are wanted than were drawn."""
+    crops = multi_crop(**PUBLISHED)
+    specs = [crops.global_1, crops.global_2, *[crops.local] * crops.n_local]
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        assert crops.draw(*size, np.random.default_rng(seed)) == [draw(spec, *size, rng) for spec in specs]
+
+
 def test_the_crops_are_what_was_drawn() -> None:
     crops = multi_crop(**PUBLISHED)
     parameters = crops.draw(48, 48, np.random.default_rng(3))

@@ -170,7 +170,7 @@ def test_what_does_not_fit_is_said_with_a_way_out() -> None:
 def test_a_machines_memory_is_compared_where_there_is_no_gpu() -> None:
     config = load("configs/vitl16_in1k.yaml", ["train.batch=64"])
     text = plan(config, 1, "cpu", 4000, memory=16 * 2**30)
-    assert "warning: that is too much for the 16 GiB that this machine has for each process; what would fit: " in text
+    assert "warning: that is too much for the 16 GiB that this machine allows each process; what would fit: " in text
     assert "train.microbatch=" in text
     assert "processes" not in text.partition("what would fit")[2]
     assert "warning" not in plan(config, 1, "cpu", 4000, memory=64 * 2**30)

@@ -49,18 +49,19 @@ MACHINE = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         ("0::/job/step", {"sys/fs/cgroup/memory.max": "3000", "sys/fs/cgroup/job/step/memory.max": "2000"}, 2000.0),
         ("0::/as/outside", {"sys/fs/cgroup/memory.max": "4000"}, 4000.0),
         ("3:cpuset:/\n4:cpu,memory:/job", {"sys/fs/cgroup/memory/job/memory.limit_in_bytes": "5000"}, 5000.0),
+        ("0::/\udcff\n\n", {"sys/fs/cgroup/memory.max": "6000"}, 6000.0),
         ("4:memory:/", {"sys/fs/cgroup/memory/memory.limit_in_bytes": str(2**63 - 4096)}, MACHINE),
         ("0::/", {}, MACHINE),
         (None, {}, MACHINE),
     ],
-    ids=["above", "least", "a container", "version 1", "version 1, none", "none", "not Linux"],
+    ids=["above", "least", "a container", "version 1", "not UTF-8", "version 1, none", "none", "not Linux"],
 )
 def test_memory_is_what_a_control_group_allows(
     groups: str | None, limits: dict[str, str], expected: float, tmp_path: Path
 ) -> None:
     for name, text in {**limits, **({} if groups is None else {"proc/self/cgroup": groups})}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text + "\n")
+        (tmp_path / name).write_text(text + "\n", errors="surrogateescape")
     assert machine_memory(tmp_path) == expected
 
 

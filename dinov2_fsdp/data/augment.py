@@ -135,7 +135,8 @@ def _jitter_ranges(strengths: tuple[float, float, float, float]) -> list[list[tu
 def _many_at_a_time(rng: np.random.Generator, count: int) -> Uniform:
     """Return the generator's numbers as single calls would give them, ``count`` drawn at once.
 
-    Two dozen calls to it take as long as the blur of a small image.
+    Two dozen calls to it take as long as the blur of a small image. The generator is left behind numbers that nobody
+    took, so that it should have no other use.
     """
     waiting = rng.random(count)[::-1].tolist()
 

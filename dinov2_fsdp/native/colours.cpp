@@ -123,7 +123,8 @@ inline __m512i weighted(const std::int16_t* kernel, Index radius, const Lines& l
 void blur(Byte* plane, Index size, const std::int16_t* kernel, Index radius) {
   const Index width = (size + kWide - 1) / kWide * kWide, taps = 2 * radius + 1;
   const Scratch<std::int16_t> wide(width + 2 * radius), filtered(taps * width);
-  // Where each row is kept once it was filtered along, with those beyond the borders: as many as a filter sees stay.
+  // Where each row is kept once it was filtered along, and what stands for those beyond the borders. There is room for
+  // as many rows as the kernel has taps, and each takes the place of one that is not wanted any more.
   const Scratch<std::int16_t*> places(size + 2 * radius);
   std::int16_t** const lines = places.get() + radius;
   for (Index row = 0, at = 0; row < size; ++row, at = at + 1 < taps ? at + 1 : 0)

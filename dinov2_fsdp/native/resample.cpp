@@ -80,7 +80,7 @@ class Filter {
 class Sums {
  public:
   static constexpr Index kParts = 3;
-  // Put the weights of a lane's four pixels into kParts registers of `lanes` lanes, of which `parts` is the first's lane.
+  // Put the weights of a lane's four pixels into kParts registers of `lanes` lanes; `parts`: that lane of the first.
   static void lay_out(const std::int32_t* weights, Index lanes, std::int32_t* parts) {
     __m128i rest = _mm_loadu_si128(reinterpret_cast<const __m128i*>(weights));
     for (Index part = kParts - 1; part >= 0; --part) {
@@ -139,8 +139,8 @@ struct Group {
   alignas(kRegister) Byte bytes[kRegister];  // of four pixels for each lane, if they are in one register
 };
 
-// Groups, and the parts of their weights, (most / kTaps, kParts, kLanes) each; returns whether what every group begins
-// with is in one register's bytes.
+// Groups, and the parts of their weights, (most / kTaps, kParts, kLanes) each; returns whether for every group one
+// register, filled from its base, holds the four pixels that each lane begins with.
 bool group_filter(const Filter& filter, Index size, bool flip, Group* groups, std::int32_t* parts) {
   bool all_near = true;
   for (Index g = 0; kLanes * g < size; ++g) {
