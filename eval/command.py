@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+import math
 import shutil
 import sys
 import time
@@ -30,7 +31,7 @@ from dinov2_fsdp.parallel.place import place_from_environment, started_by_launch
 from dinov2_fsdp.parallel.world import World, end_world, start_world
 from dinov2_fsdp.weights import load_backbone, untrained_backbone
 from eval.features import PRECISIONS, Features, choose_device, frozen, pixel_features
-from eval.results import PARTIAL, data_of, digest_of, folder_of, record, run_of
+from eval.results import PARTIAL, data_of, digest_of, folder_of, of_part, record, run_of
 from eval.splits import splits_of
 
 Settings = TypeVar("Settings")
@@ -286,6 +287,8 @@ class Evaluation:
 
     Args:
         task: its name. data: has the specs ``train`` and ``test``. output: ``--output``.
+        sizes: of the sets to learn from and to test on, images; a limit (``max_train``, ``max_test``) that reaches
+            them is none.
     """
 
     subject: Subject
@@ -293,13 +296,17 @@ class Evaluation:
     settings: Any
     data: dict[str, Any]
     output: str | None = None
+    sizes: tuple[float, float] = (math.inf, math.inf)
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
+        for name, size in zip(("max_train", "max_test"), self.sizes, strict=True):
+            if getattr(self.settings, name) >= size:
+                self.settings = replace(self.settings, **{name: 0})
         s = self.subject
-        # Without regard to other results that are or will be there: the same evaluation has to find it again.
-        folder = folder_of(s.run, s.step, s.name(self.task), None, self.output)
         images = data_of({"data": self.data, "settings": asdict(self.settings)})
+        # Without regard to other results that are or will be there: the same evaluation has to find it again.
+        folder = folder_of(s.run, s.step, s.name(self.task), images if of_part(images) else None, self.output)
         self._partial = None if folder is None else folder / PARTIAL / digest_of(images)
 
     def partial(self, name: str = "") -> Path | None:

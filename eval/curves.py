@@ -70,6 +70,8 @@ def training_curves(
 ) -> Path:
     """Draw loss, its terms, entropies, k-NN, schedules and speed over the steps; return the file (1800 × 1020 pixels).
 
+    A run without k-NN evaluations (``eval.every=0it``, or other tasks) has no panel of them.
+
     Args:
         references: horizontal lines in the k-NN panel, percent, e.g. ``{"raw pixels": 21.0}``.
 
@@ -87,9 +89,14 @@ def training_curves(
         _loss_terms(figure, grid[0, 1], metrics, terms)
         entropies = {key: _entropy_name(key) for key in sorted(metrics, reverse=True) if "/entropy" in key}
         _lines(figure.add_subplot(grid[0, 2]), metrics, "Entropy of the outputs", entropies, unit="nats")
-        _knn(figure.add_subplot(grid[1, 0]), metrics, references or {})
-        _schedules(figure, grid[1, 1], metrics)
-        _lines(figure.add_subplot(grid[1, 2]), metrics, "Speed", {"img_per_s": ""}, unit="images / s", bottom=0)
+        accuracies = sorted((key for key in metrics if "knn_" in key), key=lambda key: int(key.rsplit("_", 1)[1]))
+        if accuracies or references:
+            _knn(figure.add_subplot(grid[1, 0]), metrics, accuracies, references or {})
+            schedules, speed = grid[1, 1], grid[1, 2]
+        else:
+            schedules, speed = grid[1, 1:], grid[1, 0]
+        _schedules(figure, schedules, metrics)
+        _lines(figure.add_subplot(speed), metrics, "Speed", {"img_per_s": ""}, unit="images / s", bottom=0)
         Path(png).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(png)
     return Path(png)
@@ -171,14 +178,10 @@ def _stack(
             axes.set_xlabel("step")
 
 
-def _knn(axes: Axes, metrics: dict[str, Series], references: dict[str, float]) -> None:
-    keys = sorted((key for key in metrics if "knn_" in key), key=lambda key: int(key.rsplit("_", 1)[1]))
+def _knn(axes: Axes, metrics: dict[str, Series], keys: Sequence[str], references: dict[str, float]) -> None:
     axes.set_title("k-NN accuracy of the teacher")
     axes.set_ylabel("%")
     axes.set_xlabel("step")
-    if not keys and not references:
-        _say_absent(axes)
-        return
     for number, key in enumerate(keys):
         steps, values = metrics[key]
         label = f"k = {key.rsplit('_', 1)[1]}"

@@ -412,7 +412,9 @@ def run(arguments: argparse.Namespace) -> Path | None:
         cache = config.data.cache if config else None
         first, second = open_both(train, test, settings, cache, progress=subject.world.rank == 0)
         task = "depth" if settings.layers == 1 else "depth_4_layers"
-        evaluation = command.Evaluation(subject, task, settings, {"train": train, "test": test}, arguments.output)
+        evaluation = command.Evaluation(
+            subject, task, settings, {"train": train, "test": test}, arguments.output, sizes=(len(first), len(second))
+        )
         depth = 1 if subject.model is None else len(subject.model.blocks)
         blocks = layer_numbers(depth, settings.layers)
         grid = grid_of(subject.features(0, blocks), subject.patch, tokens_with_class)

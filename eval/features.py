@@ -254,17 +254,21 @@ def extract(
     )
 
 
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""Newer torch warns of the older name, on every rank; torch 2.11 has no other."""
+
+
 def gather_rows(rows: Tensor, world_size: int, device: torch.device) -> Tensor:
     """Return the rows of all ranks, rank after rank, on the CPU; ranks may hold different numbers of them."""
     if world_size == 1:
         return rows
     counts = torch.zeros(world_size, dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(counts, torch.tensor([len(rows)], device=device))
+    all_gather_single(counts, torch.tensor([len(rows)], device=device))
     widest = int(counts.max())
     mine = torch.zeros(widest, *rows.shape[1:], dtype=rows.dtype, device=device)
     mine[: len(rows)] = rows.to(device)
     everyone = mine.new_empty(world_size * widest, *rows.shape[1:])
-    dist.all_gather_into_tensor(everyone, mine)
+    all_gather_single(everyone, mine)
     parts = everyone.cpu().split(widest) if widest else [rows.cpu()] * world_size
     return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
 

@@ -235,7 +235,12 @@ def run(arguments: argparse.Namespace) -> Path | None:
             )
         check_few_shot(settings, train)
         evaluation = command.Evaluation(
-            subject, "knn", settings, {"train": train.spec, "test": test.spec}, arguments.output
+            subject,
+            "knn",
+            settings,
+            {"train": train.spec, "test": test.spec},
+            arguments.output,
+            sizes=(len(train), len(test)),
         )
         rank, size, device = subject.world.rank, subject.world.size, subject.world.device
         bank, queries = features_of_both(

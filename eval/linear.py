@@ -357,7 +357,9 @@ def run(arguments: argparse.Namespace) -> Path | None:
         check(train, test, also, settings)
         features = subject.features(settings.size, blocks)
         specs = {"train": train.spec, "test": test.spec, "also": dict(word.split("=", 1) for word in arguments.also)}
-        evaluation = command.Evaluation(subject, "linear", settings, specs, arguments.output)
+        evaluation = command.Evaluation(
+            subject, "linear", settings, specs, arguments.output, sizes=(len(train), len(test))
+        )
         metrics, found = probe(
             features, train, test, also, settings, subject.world, workers=arguments.workers,
             partial=evaluation.partial(""), key=subject.key(blocks=len(blocks)),

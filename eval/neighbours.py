@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from dinov2_fsdp.errors import UserError
-from eval.features import reduce_over_ranks
+from eval.features import all_gather_single, reduce_over_ranks
 
 _QUERIES_AT_ONCE = 1024
 _BANK_AT_ONCE = 8192
@@ -91,7 +91,7 @@ def _nearest(
         return _nearest_here(queries, bank, indices, k, chunk)
     mine = pad(queries.reshape(count, dim), (0, 0, 0, per_rank - count))
     everyone = mine.new_empty(world_size * per_rank, dim)
-    dist.all_gather_into_tensor(everyone, mine)
+    all_gather_single(everyone, mine)
     found = torch.cat([_nearest_here(part, bank, indices, k, chunk) for part in everyone.split(_QUERIES_AT_ONCE)])
     returned = torch.empty_like(found)
     dist.all_to_all_single(returned, found)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dinov2_fsdp.errors import Parser, UserError, run_cli
 from eval.curves import draw_curves
-from eval.results import data_of, read_leaderboard
+from eval.results import data_of, measured_on, read_leaderboard
 
 FILE = "report.html"
 CAPTIONS = {
@@ -125,7 +125,7 @@ def _tiles(lines: list[dict[str, str]]) -> str:
         tiles.append(
             f'<div class="tile"><span class="faint">{escape(line["task"])} · {escape(line["metric"])}</span>'
             f"<b>{_number(line['value'], line['metric'])}</b>"
-            f'<span class="faint">{escape(", ".join(others) or line["test"])}</span></div>'
+            f'<span class="faint">{escape(", ".join([*others, measured_on(line)]))}</span></div>'
         )
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
@@ -156,21 +156,23 @@ def _details(run: Path, file: Path) -> str:
         for name, value in results.get("metrics", {}).items()
     )
     rest = {key: value for key, value in results.items() if key not in ("metrics", "heads", "path")}
-    title = f"{results.get('task')} of {results.get('backbone')}, step {results.get('step')}"
-    if "data" in results:
-        title += f", on {data_of(results)['test']}"
     return (
-        f"<details><summary>{escape(title)}</summary><table>{metrics}</table>"
+        f"<details><summary>{escape(_title(results))}</summary><table>{metrics}</table>"
         f"<pre>{escape(json.dumps(rest, indent=2, ensure_ascii=False))}</pre>"
         f'<div class="faint">{escape(str(file.relative_to(run)))}</div></details>'
     )
+
+
+def _title(results: dict[str, Any]) -> str:
+    title = f"{results.get('task')} of {results.get('backbone')}, step {results.get('step')}"
+    return f"{title}, {measured_on(data_of(results))}" if "data" in results else title
 
 
 def _pictures(run: Path, found: list[Path]) -> str:
     files = [run / "pictures" / f"{name}.png" for name in CAPTIONS if name != "curves"]
     more = [(file.with_name("examples.png"), _read(file)) for file in found]
     parts = [_picture(file) for file in files]
-    parts += [_picture(file, f"{r.get('task')} of {r.get('backbone')}, step {r.get('step')}: ") for file, r in more]
+    parts += [_picture(file, f"{_title(results)}: ") for file, results in more]
     return "".join(parts)
 
 

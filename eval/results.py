@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -20,6 +21,8 @@ KEY = ("step", "task", "backbone", "metric", "train", "test")
 """Columns that make a line of the leaderboard the same evaluation as another one, which it then replaces."""
 PARTIAL = "features.partial"
 """Folder, beside a task's results, of what an interrupted evaluation goes on from: a folder for each data set."""
+_PART = re.compile(r" \(\d+ images\)$")
+"""How :func:`data_of` ends what is part of a set."""
 
 
 def run_of(path: Path) -> Path | None:
@@ -34,10 +37,13 @@ def run_of(path: Path) -> Path | None:
 def task_folder(run: Path, step: int, task: str, data: dict[str, str] | None = None) -> Path:
     """Return where the results of ``task`` on the checkpoint of ``step`` belong.
 
-    Results of other ``data`` (see :func:`data_of`) that are there already keep their place: the folder's name then
-    ends in a short hash of the data.
+    What looked at part of a set lies in ``TASK_part_`` and a short hash of the ``data`` (see :func:`data_of`), even
+    where nothing else is there: ``TASK`` alone says that a number is of whole sets. Results of other whole ``data``
+    that are there already keep their place: the folder's name then ends in the hash.
     """
     folder = run / "eval" / f"step_{step:08d}" / task
+    if data is not None and of_part(data):
+        return folder.with_name(f"{task}_part_{digest_of(data)}")
     try:
         found = data_of(json.loads((folder / "results.json").read_text()))
     except (OSError, ValueError, AttributeError):
@@ -53,6 +59,17 @@ def data_of(results: dict[str, Any]) -> dict[str, str]:
     data, settings = results.get("data", {}), results.get("settings", {})
     limits = {name: settings.get(f"max_{name}", 0) for name in ("train", "test")}
     return {name: f"{data.get(name)}{f' ({limit} images)' if limit else ''}" for name, limit in limits.items()}
+
+
+def of_part(data: dict[str, str]) -> bool:
+    """Return whether what :func:`data_of` says is part of a set."""
+    return any(_PART.search(images) for images in data.values())
+
+
+def measured_on(data: dict[str, str]) -> str:
+    """Return ``"on TEST"``, with ``", from TRAIN"`` if that is a part, by :func:`data_of` or a leaderboard's line."""
+    learnt = f", from {data['train']}" if _PART.search(data["train"]) else ""
+    return f"on {data['test']}{learnt}"
 
 
 def digest_of(data: dict[str, str]) -> str:
@@ -132,6 +149,8 @@ def record(
         The file, or None where there is neither a run nor ``output``.
     """
     data = data_of(results)
+    if of_part(data):
+        print(f"part of the images: {measured_on(data)}")
     folder = folder_of(run, results["step"], task, data, output)
     if folder is None:
         print("not written anywhere: these weights belong to no run; give --output DIR to keep the results")

@@ -237,7 +237,8 @@ def _by_lists(arguments: argparse.Namespace, subject: command.Subject, settings:
     source = open_source(arguments.images, subject.config.data.cache if subject.config else None)
     gallery, queries = find_images(source, lists.gallery), find_images(source, lists.queries)
     specs = {"train": arguments.images, "test": str(arguments.lists)}
-    evaluation = command.Evaluation(subject, "retrieval", settings, specs, arguments.output)
+    # All that the lists name is used, whatever limits a run's evaluations have.
+    evaluation = command.Evaluation(subject, "retrieval", settings, specs, arguments.output, sizes=(0, 0))
     features = subject.features(0)
     found = []
     for indices, boxes, title in (
@@ -263,7 +264,9 @@ def _by_class(arguments: argparse.Namespace, subject: command.Subject, settings:
     command.check_sizes(settings)
     check_sources(gallery, queries)
     specs = {"train": gallery.spec, "test": queries.spec}
-    evaluation = command.Evaluation(subject, "retrieval", settings, specs, arguments.output)
+    evaluation = command.Evaluation(
+        subject, "retrieval", settings, specs, arguments.output, sizes=(len(gallery), len(queries))
+    )
     features, world = subject.features(settings.size), subject.world
     found: list[Extracted] = []
     for source, limit, title in ((gallery, settings.max_train, "gallery"), (queries, settings.max_test, "queries")):

@@ -285,10 +285,12 @@ def await_start(run: Path, seconds: float) -> None:
 
 def show_leaderboard(run: Path) -> None:
     """Complete the run's leaderboard and print it."""
+    from eval.results import measured_on
     from launchers.cluster.evaluations import gather
 
     for line in gather(run):
-        print(f"step {line['step']:>8}  {line['task']:<12} {line['backbone']:<10} {line['metric']:<16} {line['value']}")
+        what = f"{line['task']:<12} {line['backbone']:<10} {line['metric']:<16} {line['value']}"
+        print(f"step {line['step']:>8}  {what}  {measured_on(line)}")
 
 
 def main() -> int:

@@ -56,6 +56,8 @@ LOCK = ".lock"
 """File in a run directory that whoever trains there holds locked."""
 GRACE = 10.0
 """Seconds that the other ranks get to end by themselves after one has failed."""
+SECONDS_FOR_FIRST = 3.0
+"""How long a machine's first rank may take to say what is wrong before its other ranks say it too."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -81,6 +83,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
+    try:
+        return _main()
+    except UserError:
+        # Under torchrun all ranks find the same mistake, and the first that ends ends the others.
+        if place_from_environment().local_rank > 0:
+            time.sleep(SECONDS_FOR_FIRST)
+        raise
+
+
+def _main() -> int:
     arguments = parse()
     if arguments.keys:
         return _print_keys()

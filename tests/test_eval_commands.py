@@ -149,6 +149,27 @@ def test_what_is_kept_for_an_interruption_is_told_apart_by_its_images(tmp_path: 
     assert len({partial(), partial("c"), partial(limit=5)}) == 3
 
 
+def test_a_limit_that_reaches_the_whole_set_makes_no_part_of_it(tmp_path: Path) -> None:
+    import torch
+
+    for limit, name in ((500, "knn"), (499, "knn_part_")):
+        subject: Any = SimpleNamespace(
+            run=tmp_path, step=5, backbone="teacher", checkpoint=None, precision="fp32", name=str,
+            world=World(0, 1, 0, torch.device("cpu")),
+        )  # fmt: skip
+        evaluation = command.Evaluation(
+            subject, "knn", knn.Settings(max_test=limit), {"train": "b", "test": "a"}, sizes=(20, 500)
+        )
+        partial = evaluation.partial("x")
+        assert partial is not None
+        partial.mkdir(parents=True)
+        file = evaluation.finish("knn_20", {"knn_20": 1.0})
+        assert file is not None
+        assert file.parent.name.startswith(name)
+        assert partial.is_relative_to(file.parent)
+        assert [path.name for path in file.parent.iterdir()] == ["results.json"]
+
+
 def _complain(rank: int, port: int, messages: list[str | None], answers: Any) -> None:
     import torch
     import torch.distributed as dist

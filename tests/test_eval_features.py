@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,7 @@ def test_ranks_go_on_from_the_same_batch_and_together_hold_every_image_once(tmp_
 
 
 def _gathered() -> Any:
+    warnings.simplefilter("error")  # each rank would print what torch warns of
     rank = dist.get_rank()
     return gather_rows(torch.arange(3 * rank, 3 * rank + rank).float()[:, None], dist.get_world_size(), CPU)
 

@@ -68,6 +68,16 @@ def test_gathering_does_not_double_what_looked_at_a_part_of_the_images(run: Path
     assert len(gather(run)) == 1
 
 
+def test_a_part_is_told_apart_in_the_leaderboard_that_is_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_results(run, 2, "knn", value=2.0)
+    write_results(run, 2, "knn_part_1a2b3c", value=1.0, settings={"max_train": 10})
+    launcher.show_leaderboard(run)
+    assert [line.partition("  on ")[2] for line in capsys.readouterr().out.splitlines()] == [
+        "b",
+        "b, from a (10 images)",
+    ]
+
+
 def test_results_that_are_being_written_are_left_for_later(run: Path) -> None:
     (run / "eval" / "step_00000002" / "knn").mkdir(parents=True)
     (run / "eval" / "step_00000002" / "knn" / "results.json").write_text('{"step": 2, "ta')
@@ -105,7 +115,7 @@ def test_watching_evaluates_each_checkpoint_once_until_the_run_is_over(run: Path
 
 
 def test_watching_again_leaves_out_what_has_results_of_all_tasks(run: Path) -> None:
-    write_results(run, 2, "knn_1a2b3c")
+    write_results(run, 2, "knn_part_1a2b3c")
     write_results(run, 4, "linear")
     write_results(run, 4, "knn_untrained")
     finish(run, 4)

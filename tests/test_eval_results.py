@@ -76,6 +76,31 @@ def test_results_of_part_of_a_data_set_do_not_take_the_place_of_those_of_the_who
     assert len(list(run.glob("eval/*/*/results.json"))) == 2
 
 
+@pytest.mark.parametrize("limit", ["max_train", "max_test"])
+def test_the_plain_name_is_never_that_of_a_part(run: Path, limit: str) -> None:
+    part = record(results(settings={limit: 100}), "knn", "knn_20", run)
+    assert part is not None
+    assert part.parent.name.startswith("knn_part_")
+    whole = record(results(), "knn", "knn_20", run)
+    assert whole == run / "eval" / "step_00001000" / "knn" / "results.json"
+    assert part == record(results(settings={limit: 100}), "knn", "knn_20", run)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"max_test": 100}, "part of the images: on c (100 images)\n"),
+        ({"max_train": 50}, "part of the images: on c, from a,b (50 images)\n"),
+        ({}, ""),
+    ],
+)
+def test_a_part_is_called_so_when_it_is_measured(
+    settings: dict[str, int], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record(results(settings=settings), "knn", "knn_20")
+    assert capsys.readouterr().out.partition("not written")[0] == said
+
+
 def _write(run: Path, number: int) -> None:
     for step in range(20):
         add_to_leaderboard(run, {**LINE, "step": 100 * number + step})

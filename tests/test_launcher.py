@@ -252,6 +252,16 @@ def test_torchrun_learns_what_the_launcher_learns(tmp_path: Path, finished: Path
     assert all(found[name].equal(expected[name]) for name in expected)
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_mistake_that_all_ranks_of_torchrun_find_is_shown_by_the_first(tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
+    result = launch(*command(tmp_path / "run"), "traim.batch=3", before=torchrun)
+    assert result.returncode == 1  # torchrun's own
+    assert result.stderr.count("error: unknown key 'traim'; did you mean 'train'?") == 1
+    assert "exitcode  : 2" in result.stderr
+
+
 def test_one_rank_of_torchrun_checks_what_the_launcher_checks(tmp_path: Path, finished: Path) -> None:
     def as_rank(rank: int, *arguments: str) -> subprocess.CompletedProcess[str]:
         places = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}

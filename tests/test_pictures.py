@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation import TableSource
+from matplotlib.figure import Figure
 from PIL import Image
 from tiny import tiny_backbone, tiny_config
 from torch import nn
@@ -75,6 +76,34 @@ def test_curves_of_a_demo_keep_its_baselines(tmp_path: Path, monkeypatch: pytest
     draw_curves(tmp_path)
     draw_curves(tmp_path, {"chance": 10.0})
     assert seen == [None, {"raw pixels": 22.5, "untrained": 12.6}, {"chance": 10.0}]
+
+
+@pytest.mark.parametrize(
+    ("logged", "references", "panel"),
+    [
+        ({}, None, False),
+        ({"eval/linear_top1": 5.0}, None, False),
+        ({"eval/knn_20": 5.0}, None, True),
+        ({}, {"raw pixels": 21.0}, True),
+    ],
+    ids=["no evaluations", "another task", "k-NN", "a reference"],
+)
+def test_a_run_without_k_nn_has_no_panel_of_it(
+    logged: dict[str, float],
+    references: dict[str, float] | None,
+    panel: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, _: drawn.append([axes.get_title(loc="left") for axes in self.axes])
+    )
+    line = {"step": 10, "loss": 3.0, "img_per_s": 9.0, "lr": 0.1, **logged}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line))
+    training_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png", references)
+    assert ("k-NN accuracy of the teacher" in drawn[0]) is panel
+    assert {"Total loss", "Schedules", "Speed"} < set(drawn[0])
 
 
 @pytest.mark.slow

@@ -93,6 +93,26 @@ def test_results_on_several_data_sets_are_told_apart(run: Path) -> None:
     ]
 
 
+def test_part_of_a_set_is_told_apart_in_tiles_titles_and_captions(run: Path) -> None:
+    data = {"train": "folder:<b>", "test": "folder:test"}
+    for backbone, step in (("teacher", 200), ("untrained", 0)):
+        results: dict[str, Any] = {"task": "knn", "backbone": backbone, "step": step, "metrics": {"knn_20": 9.5}}
+        for limits in ({"max_test": 50}, {"max_train": 60}):
+            file = record({**results, "data": data, "settings": limits}, "knn", "knn_20", run)
+            assert file is not None
+            Image.new("RGB", (8, 8)).save(file.with_name("examples.png"))
+    text = write_report(run).read_text().replace("&lt;b&gt;", "<b>")
+    parts = ["on folder:test (50 images)", "on folder:test, from folder:<b> (60 images)"]
+    tiles = re.findall(r'<div class="tile">.*?<span class="faint">([^·]*?)</span></div>', text)
+    assert sorted(tiles) == [
+        "untrained 12.25 %, on folder:test",
+        *(f"untrained 9.50 %, {part}" for part in sorted(parts)),
+    ]
+    for part in parts:
+        assert f"<summary>knn of teacher, step 200, {part}</summary>" in text
+        assert f"<figcaption>knn of teacher, step 200, {part}: " in text
+
+
 def test_a_run_that_has_only_begun_has_a_report_too(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     (tmp_path / "metrics.jsonl").write_text("")

@@ -73,6 +73,26 @@ def test_a_command_answers_a_mistake_in_words(run: Callable[..., tuple[int, str]
     assert out.startswith(f"error: {tmp_path}/nothing is no run directory")
 
 
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("export --run x --otu y", "unrecognized arguments: --otu y; did you mean '--out'?"),
+        ("import --from x --out y.safetensors --hdeas 3", "unrecognized arguments: --hdeas 3; did you mean '--heads'?"),
+        ("export --run x --to hff", "argument --to: invalid choice: 'hff'"),
+        ("export", "the following arguments are required: --run"),
+        ("exprot --run x", "argument command: invalid choice: 'exprot'"),
+        ("", "the following arguments are required: command"),
+    ],
+)
+def test_a_wrong_command_line_is_one_message_without_all_options(
+    run: Callable[..., tuple[int, str]], words: str, complaint: str
+) -> None:
+    code, out = run(*words.split())
+    assert code == 2
+    assert out.startswith(f"error: {complaint}")
+    assert out.splitlines()[1:] == ["--help lists all options"]
+
+
 @pytest.mark.parametrize("to", ["official", "hf", "timm"])
 def test_what_is_written_is_for_whom_the_umask_says(
     to: str, run: Callable[..., tuple[int, str]], tmp_path: Path

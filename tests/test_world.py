@@ -40,6 +40,16 @@ def test_a_cpu_uses_freed_memory_again() -> None:
 
 
 MACHINE = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+USUAL_MOUNTS = """\
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate
+35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory"""
+
+
+def write_limits(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n", errors="surrogateescape")
 
 
 @pytest.mark.parametrize(
@@ -47,6 +57,7 @@ MACHINE = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     [
         ("0::/job/step", {"sys/fs/cgroup/job/memory.max": "1000", "sys/fs/cgroup/job/step/memory.max": "max"}, 1000.0),
         ("0::/job/step", {"sys/fs/cgroup/memory.max": "3000", "sys/fs/cgroup/job/step/memory.max": "2000"}, 2000.0),
+        ("0::/job", {"sys/fs/cgroup/job/memory.max": "9000", "sys/fs/cgroup/job/memory.high": "7000"}, 7000.0),
         ("0::/as/outside", {"sys/fs/cgroup/memory.max": "4000"}, 4000.0),
         ("3:cpuset:/\n4:cpu,memory:/job", {"sys/fs/cgroup/memory/job/memory.limit_in_bytes": "5000"}, 5000.0),
         ("0::/\udcff\n\n", {"sys/fs/cgroup/memory.max": "6000"}, 6000.0),
@@ -54,14 +65,71 @@ MACHINE = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         ("0::/", {}, MACHINE),
         (None, {}, MACHINE),
     ],
-    ids=["above", "least", "a container", "version 1", "not UTF-8", "version 1, none", "none", "not Linux"],
+    ids=["above", "least", "high", "a container", "version 1", "not UTF-8", "version 1, none", "none", "not Linux"],
 )
 def test_memory_is_what_a_control_group_allows(
     groups: str | None, limits: dict[str, str], expected: float, tmp_path: Path
 ) -> None:
-    for name, text in {**limits, **({} if groups is None else {"proc/self/cgroup": groups})}.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text + "\n", errors="surrogateescape")
+    known = {} if groups is None else {"proc/self/cgroup": groups, "proc/self/mountinfo": USUAL_MOUNTS}
+    write_limits(tmp_path, {**limits, **known})
+    assert machine_memory(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("mount", "groups", "limits", "expected"),
+    [
+        (
+            "35 31 0:32 / /sys/fs/cgroup/cpu,memory rw,relatime shared:9 - cgroup cgroup rw,cpu,memory",
+            "4:cpu,memory:/job",
+            {"sys/fs/cgroup/cpu,memory/job/memory.limit_in_bytes": "1000"},
+            1000.0,
+        ),
+        (
+            "41 31 0:38 / /sys/fs/cgroup/unified rw,relatime - cgroup2 cgroup2 rw",
+            "4:cpu:/\n0::/job",
+            {"sys/fs/cgroup/unified/job/memory.max": "2000"},
+            2000.0,
+        ),
+        (
+            r"41 31 0:38 / /mnt/my\040groups rw - cgroup2  rw",
+            "0::/job",
+            {"mnt/my groups/job/memory.max": "3000"},
+            3000.0,
+        ),
+        (
+            "41 31 0:38 /docker/abc /sys/fs/cgroup ro - cgroup2 cgroup rw",
+            "0::/docker/abc/step",
+            {"sys/fs/cgroup/step/memory.max": "4000", "sys/fs/cgroup/docker/abc/step/memory.max": "1"},
+            4000.0,
+        ),
+        (
+            "41 31 0:38 /../.. /sys/fs/cgroup ro - cgroup2 cgroup rw",
+            "0::/",
+            {"sys/fs/cgroup/memory.max": "5000"},
+            5000.0,
+        ),
+        (
+            "41 31 0:38 /another/container /mnt/another rw - cgroup2 cgroup rw",
+            "0::/job",
+            {"mnt/another/memory.max": "1", "mnt/another/job/memory.max": "1"},
+            MACHINE,
+        ),
+        ("a line\n\n1 2 3 - cgroup2", "words\n\n0::/", {"sys/fs/cgroup/memory.max": "1"}, MACHINE),
+    ],
+    ids=[
+        "mounted together",
+        "hybrid",
+        "a name with spaces",
+        "part of the tree",
+        "from outside",
+        "another's",
+        "no mounts",
+    ],
+)
+def test_control_groups_are_where_they_are_mounted(
+    mount: str, groups: str, limits: dict[str, str], expected: float, tmp_path: Path
+) -> None:
+    write_limits(tmp_path, {**limits, "proc/self/cgroup": groups, "proc/self/mountinfo": mount})
     assert machine_memory(tmp_path) == expected
 
 

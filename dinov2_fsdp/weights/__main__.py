@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dinov2_fsdp.errors import UserError, run_cli
+from dinov2_fsdp.errors import Parser, UserError, run_cli
 from dinov2_fsdp.models.vision_transformer import INTERPOLATIONS
 from dinov2_fsdp.weights.backbone import build, load_backbone
 from dinov2_fsdp.weights.reading import read_weights
@@ -17,12 +17,17 @@ from dinov2_fsdp.weights.writing import DESTINATIONS, export, stretched_there
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m dinov2_fsdp.weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="python -m dinov2_fsdp.weights",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    export_ = commands.add_parser("export", help="write a run's backbone for this project, Hugging Face or timm")
+    export_ = commands.add_parser(
+        "export", allow_abbrev=False, help="write a run's backbone for this project, Hugging Face or timm"
+    )
     export_.add_argument(
         "--run", required=True, help="run directory; or a checkpoint, or any weights that import reads"
     )
@@ -35,7 +40,9 @@ def main() -> None:
         "by default in RUN/exports",
     )
 
-    import_ = commands.add_parser("import", help="turn official, Hugging Face or timm weights into an exported file")
+    import_ = commands.add_parser(
+        "import", allow_abbrev=False, help="turn official, Hugging Face or timm weights into an exported file"
+    )
     import_.add_argument("--from", dest="source", required=True, help="official .pth, Hugging Face folder, timm's …")
     import_.add_argument("--out", required=True, help="the .safetensors file to write")
     import_.add_argument("--which", choices=("teacher", "student"), default="teacher", help="where there are both")
@@ -46,7 +53,9 @@ def main() -> None:
         help="how positions are stretched to other sizes; by default as in the published models; "
         "antialias gives timm's numbers, exact those of Hugging Face's models without registers",
     )
-    arguments = parser.parse_args()
+    arguments, unknown = parser.parse_known_args()
+    if unknown:  # the command's own parser knows the nearest of its options
+        commands.choices[arguments.command].error(f"unrecognized arguments: {' '.join(unknown)}")
 
     if arguments.command == "import":
         _import(arguments)

@@ -146,10 +146,14 @@ def new_steps(run: Path, seen: set[int]) -> list[int]:
 
 def evaluated_steps(run: Path, tasks: Sequence[str]) -> set[int]:
     """Return the steps of which results of every one of ``tasks`` are there, whatever their data."""
-    # Other data's results lie in a folder of the task's name and a hash; segmentation_ms is another task.
+    # Results of other or part of the data lie in TASK_HASH or TASK_part_HASH; segmentation_ms is another task.
     files = list(run.glob("eval/step_*/*/results.json"))
     found = {
-        task: {int(f.parts[-3][5:]) for f in files if re.fullmatch(rf"{re.escape(task)}(_[0-9a-f]{{6}})?", f.parts[-2])}
+        task: {
+            int(f.parts[-3][5:])
+            for f in files
+            if re.fullmatch(rf"{re.escape(task)}((_part)?_[0-9a-f]{{6}})?", f.parts[-2])
+        }
         for task in tasks
     }
     return set.intersection(*found.values()) if found else set()
