@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
 
 from dinov2_fsdp.models.initialise import initialise
 from dinov2_fsdp.ssl.network import Network
@@ -125,12 +126,14 @@ def _sharded_weights() -> dict[str, Tensor]:
     fully_shard(network.backbone.blocks[0], mesh=mesh)
     fully_shard(network, mesh=mesh)
     network.to_empty(device="cpu")
-    initialise(network, 3, 0.1)
+    with CommDebugMode() as exchanged:
+        initialise(network, 3, 0.1)
+    assert exchanged.get_total_counts() == 0
     return {name: value.full_tensor() for name, value in network.state_dict().items()}
 
 
 @pytest.mark.distributed
-def test_a_sharded_model_starts_with_the_weights_of_a_plain_one() -> None:
+def test_a_sharded_model_starts_with_the_weights_of_a_plain_one_without_communication() -> None:
     plain = Network(tiny_config())
     initialise(plain, 3, 0.1)
     for sharded in run_on_ranks(_sharded_weights, 2):

@@ -77,7 +77,8 @@ def initialise(model: nn.Module, seed: int, layer_scale: float) -> None:
         AssertionError: a parameter has no rule, or still holds a NaN.
     """
     patch = next((p for n, p in model.named_parameters() if n.endswith("patch_embed.proj.weight")), None)
-    table = rules(layer_scale, patch[0].numel() if patch is not None else 1)
+    # Of the whole shape: to look at a row of a sharded parameter, all ranks would exchange it.
+    table = rules(layer_scale, math.prod(patch.shape[1:]) if patch is not None else 1)
     for full_name, parameter in model.named_parameters():
         name = clean_name(full_name)  # the values must not depend on activation checkpointing
         parameter.fill_(float("nan"))
