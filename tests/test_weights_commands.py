@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import subprocess
@@ -15,7 +16,7 @@ from parity import images, loaded, tiny
 from safetensors import safe_open
 from training import differing
 
-from dinov2_fsdp.config import ModelConfig
+from dinov2_fsdp.config import ModelConfig, width_depth_heads
 from dinov2_fsdp.errors import UserError, run_cli
 from dinov2_fsdp.weights import load_backbone
 from dinov2_fsdp.weights.__main__ import main
@@ -172,6 +173,21 @@ def test_an_export_says_where_the_other_side_stretches_positions_otherwise(
     assert ("note:" in printed) == (theirs is not None)
     if theirs:
         assert f"by the rule '{theirs}', this backbone by '{interpolation}'" in printed
+
+
+@pytest.mark.parametrize(
+    ("file", "heads", "says"), [("a.pth", 4, True), ("a.pth", 2, False), ("a.safetensors", 4, False)]
+)
+def test_an_export_says_what_a_file_without_a_config_loses(
+    file: str, heads: int, says: bool, run: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    model = dataclasses.replace(tiny("mlp", 0), heads=heads)
+    export(loaded(model, SIZE), "official", tmp_path / "ours.safetensors")
+    code, printed = run("export", "--run", f"{tmp_path}/ours.safetensors", "--out", f"{tmp_path / file}")
+    assert code == 0, printed
+    assert (f"does not say that there are {heads} attention heads" in printed) == says
+    read = load_backbone(tmp_path / file, heads=heads if says else None).architecture
+    assert width_depth_heads(read)[2] == heads
 
 
 @pytest.mark.slow

@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dinov2_fsdp.config import width_depth_heads
 from dinov2_fsdp.errors import Parser, UserError, run_cli
 from dinov2_fsdp.models.vision_transformer import INTERPOLATIONS
+from dinov2_fsdp.weights.architecture import HEAD_DIM
 from dinov2_fsdp.weights.backbone import build, load_backbone
 from dinov2_fsdp.weights.reading import read_weights
 from dinov2_fsdp.weights.writing import DESTINATIONS, export, stretched_there
@@ -81,6 +83,12 @@ def _export(arguments: argparse.Namespace) -> None:
     # A run's or a checkpoint's source is RUN/checkpoints/step_….
     out = Path(arguments.out) if arguments.out else Path(loaded.source).parents[1] / "exports" / (name + suffix)
     print(f"wrote {export(loaded, arguments.to, out)}")
+    dim, _, heads = width_depth_heads(loaded.architecture)
+    if out.suffix == ".pth" and heads * HEAD_DIM != dim:
+        print(
+            f"note: a .pth does not say that there are {heads} attention heads, and readers take one for every "
+            f"{HEAD_DIM} channels; here, import --heads {heads} tells them; a .safetensors says it"
+        )
     theirs = stretched_there(arguments.to, loaded.architecture.registers)
     if theirs not in (None, loaded.model.interpolation):
         print(
