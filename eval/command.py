@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
-import math
 import shutil
 import sys
 import time
@@ -31,7 +30,7 @@ from dinov2_fsdp.parallel.place import place_from_environment, started_by_launch
 from dinov2_fsdp.parallel.world import World, end_world, start_world
 from dinov2_fsdp.weights import load_backbone, untrained_backbone
 from eval.features import PRECISIONS, Features, choose_device, frozen, pixel_features
-from eval.results import PARTIAL, data_of, digest_of, folder_of, of_part, record, run_of
+from eval.results import PARTIAL, data_of, digest_of, folder_of, of_part, record, run_of, without_idle_limits
 from eval.splits import splits_of
 
 Settings = TypeVar("Settings")
@@ -108,7 +107,7 @@ def build_parser(prog: str, description: str, settings: type, *, pixels: bool = 
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute (default: auto)")
     add("--precision", default="fp32", choices=tuple(PRECISIONS), help="of the backbone's forward (default: fp32)")
     add("--workers", type=int, default=0, help="processes that decode images (default: 0, in this one)")
-    add("--output", metavar="DIR", help="where to write results.json; by default RUN/eval/step_…/TASK")
+    add("--output", metavar="DIR", help="where to write results.json; by default RUN/eval/step_…/TASK…")
     add_settings(parser, settings)
     return parser
 
@@ -287,7 +286,7 @@ class Evaluation:
 
     Args:
         task: its name. data: has the specs ``train`` and ``test``. output: ``--output``.
-        sizes: of the sets to learn from and to test on, images; a limit (``max_train``, ``max_test``) that reaches
+        sizes: images of the sets to learn from and to test on; a limit (``max_train``, ``max_test``) that reaches
             them is none.
     """
 
@@ -295,18 +294,17 @@ class Evaluation:
     task: str
     settings: Any
     data: dict[str, Any]
+    sizes: tuple[int, int]
     output: str | None = None
-    sizes: tuple[float, float] = (math.inf, math.inf)
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
-        for name, size in zip(("max_train", "max_test"), self.sizes, strict=True):
-            if getattr(self.settings, name) >= size:
-                self.settings = replace(self.settings, **{name: 0})
+        self.settings = without_idle_limits(self.settings, *self.sizes)
         s = self.subject
-        images = data_of({"data": self.data, "settings": asdict(self.settings)})
+        described = {"data": self.data, "settings": asdict(self.settings)}
+        images, part = data_of(described), of_part(described)
         # Without regard to other results that are or will be there: the same evaluation has to find it again.
-        folder = folder_of(s.run, s.step, s.name(self.task), images if of_part(images) else None, self.output)
+        folder = folder_of(s.run, s.step, s.name(self.task), images if part else None, self.output, part)
         self._partial = None if folder is None else folder / PARTIAL / digest_of(images)
 
     def partial(self, name: str = "") -> Path | None:

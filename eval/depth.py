@@ -413,7 +413,7 @@ def run(arguments: argparse.Namespace) -> Path | None:
         first, second = open_both(train, test, settings, cache, progress=subject.world.rank == 0)
         task = "depth" if settings.layers == 1 else "depth_4_layers"
         evaluation = command.Evaluation(
-            subject, task, settings, {"train": train, "test": test}, arguments.output, sizes=(len(first), len(second))
+            subject, task, settings, {"train": train, "test": test}, (len(first), len(second)), arguments.output
         )
         depth = 1 if subject.model is None else len(subject.model.blocks)
         blocks = layer_numbers(depth, settings.layers)

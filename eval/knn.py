@@ -28,6 +28,7 @@ from eval import command
 from eval.classes import check_sources
 from eval.features import Extracted, Features, check_finite, extract, not_finite, reduce_over_ranks, subset
 from eval.neighbours import knn_accuracy, labels_by_index
+from eval.results import without_idle_limits
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From images to accuracy.
@@ -239,8 +240,8 @@ def run(arguments: argparse.Namespace) -> Path | None:
             "knn",
             settings,
             {"train": train.spec, "test": test.spec},
+            (len(train), len(test)),
             arguments.output,
-            sizes=(len(train), len(test)),
         )
         rank, size, device = subject.world.rank, subject.world.size, subject.world.device
         bank, queries = features_of_both(
@@ -313,6 +314,7 @@ def describe(
     seconds: float,
 ) -> dict[str, Any]:
     """Return what ``results.json`` says of a k-NN evaluation, but for the checkpoint and its step."""
+    settings = without_idle_limits(settings, len(train), len(test))
     return {
         "task": "knn",
         "backbone": backbone,

@@ -357,9 +357,9 @@ def run(arguments: argparse.Namespace) -> Path | None:
         check(train, test, also, settings)
         features = subject.features(settings.size, blocks)
         specs = {"train": train.spec, "test": test.spec, "also": dict(word.split("=", 1) for word in arguments.also)}
-        evaluation = command.Evaluation(
-            subject, "linear", settings, specs, arguments.output, sizes=(len(train), len(test))
-        )
+        # A limit on test images holds for each of these sets.
+        largest = max([len(test), *(len(source) for _, source in also if not isinstance(source, Path))])
+        evaluation = command.Evaluation(subject, "linear", settings, specs, (len(train), largest), arguments.output)
         metrics, found = probe(
             features, train, test, also, settings, subject.world, workers=arguments.workers,
             partial=evaluation.partial(""), key=subject.key(blocks=len(blocks)),

@@ -325,9 +325,7 @@ def run(arguments: argparse.Namespace) -> Path | None:
         check(train, test, settings)
         features = subject.features(settings.size)
         specs = {"train": train.spec, "test": test.spec}
-        evaluation = command.Evaluation(
-            subject, "logistic", settings, specs, arguments.output, sizes=(len(train), len(test))
-        )
+        evaluation = command.Evaluation(subject, "logistic", settings, specs, (len(train), len(test)), arguments.output)
         metrics, more = regress(
             features, train, test, settings, subject.world, workers=arguments.workers,
             partial=evaluation.partial(""), key=subject.key(features="class token"),

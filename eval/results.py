@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ KEY = ("step", "task", "backbone", "metric", "train", "test")
 """Columns that make a line of the leaderboard the same evaluation as another one, which it then replaces."""
 PARTIAL = "features.partial"
 """Folder, beside a task's results, of what an interrupted evaluation goes on from: a folder for each data set."""
+LIMITS = ("max_train", "max_test")
+"""Settings that take part of the images of a set, 0 for all: of those to learn from, of those to test on."""
 _PART = re.compile(r" \(\d+ images\)$")
 """How :func:`data_of` ends what is part of a set."""
 
@@ -34,15 +37,15 @@ def run_of(path: Path) -> Path | None:
     return None
 
 
-def task_folder(run: Path, step: int, task: str, data: dict[str, str] | None = None) -> Path:
+def task_folder(run: Path, step: int, task: str, data: dict[str, str] | None = None, part: bool = False) -> Path:
     """Return where the results of ``task`` on the checkpoint of ``step`` belong.
 
-    What looked at part of a set lies in ``TASK_part_`` and a short hash of the ``data`` (see :func:`data_of`), even
-    where nothing else is there: ``TASK`` alone says that a number is of whole sets. Results of other whole ``data``
-    that are there already keep their place: the folder's name then ends in the hash.
+    What looked at ``part`` of a set lies in ``TASK_part_`` and a short hash of the ``data`` (see :func:`data_of`),
+    even where nothing else is there: ``TASK`` alone says that a number is of whole sets. Results of other whole
+    ``data`` that are there already keep their place: the folder's name then ends in the hash.
     """
     folder = run / "eval" / f"step_{step:08d}" / task
-    if data is not None and of_part(data):
+    if data is not None and part:
         return folder.with_name(f"{task}_part_{digest_of(data)}")
     try:
         found = data_of(json.loads((folder / "results.json").read_text()))
@@ -57,13 +60,19 @@ def data_of(results: dict[str, Any]) -> dict[str, str]:
     Part of a set (``max_train``, ``max_test``) is another set.
     """
     data, settings = results.get("data", {}), results.get("settings", {})
-    limits = {name: settings.get(f"max_{name}", 0) for name in ("train", "test")}
+    limits = {name: settings.get(limit, 0) for name, limit in zip(("train", "test"), LIMITS, strict=True)}
     return {name: f"{data.get(name)}{f' ({limit} images)' if limit else ''}" for name, limit in limits.items()}
 
 
-def of_part(data: dict[str, str]) -> bool:
-    """Return whether what :func:`data_of` says is part of a set."""
-    return any(_PART.search(images) for images in data.values())
+def of_part(results: dict[str, Any]) -> bool:
+    """Return whether results are of part of a set, by their ``settings``."""
+    return any(results.get("settings", {}).get(name) for name in LIMITS)
+
+
+def without_idle_limits(settings: Any, train: int, test: int) -> Any:
+    """Return settings, a dataclass, in which a limit that reaches a set of so many images is none."""
+    idle = {name: 0 for name, size in zip(LIMITS, (train, test), strict=True) if getattr(settings, name) >= size}
+    return replace(settings, **idle)
 
 
 def measured_on(data: dict[str, str]) -> str:
@@ -127,12 +136,17 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def folder_of(
-    run: Path | None, step: int | None, task: str, data: dict[str, str] | None, output: str | Path | None
+    run: Path | None,
+    step: int | None,
+    task: str,
+    data: dict[str, str] | None,
+    output: str | Path | None,
+    part: bool = False,
 ) -> Path | None:
-    """Return where results go: ``output``, else where the run keeps those of its step (and ``data``), else None."""
+    """Return where results go: ``output``, else as :func:`task_folder` says for the run and its step, else None."""
     if output is not None:
         return Path(output)
-    return None if run is None or step is None else task_folder(run, step, task, data)
+    return None if run is None or step is None else task_folder(run, step, task, data, part)
 
 
 def record(
@@ -149,9 +163,10 @@ def record(
         The file, or None where there is neither a run nor ``output``.
     """
     data = data_of(results)
-    if of_part(data):
+    part = of_part(results)
+    if part:
         print(f"part of the images: {measured_on(data)}")
-    folder = folder_of(run, results["step"], task, data, output)
+    folder = folder_of(run, results["step"], task, data, output, part)
     if folder is None:
         print("not written anywhere: these weights belong to no run; give --output DIR to keep the results")
         return None

@@ -15,7 +15,7 @@ import json
 import pickle
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,9 @@ def _by_lists(arguments: argparse.Namespace, subject: command.Subject, settings:
     gallery, queries = find_images(source, lists.gallery), find_images(source, lists.queries)
     specs = {"train": arguments.images, "test": str(arguments.lists)}
     # All that the lists name is used, whatever limits a run's evaluations have.
-    evaluation = command.Evaluation(subject, "retrieval", settings, specs, arguments.output, sizes=(0, 0))
+    settings = replace(settings, max_train=0, max_test=0)
+    sizes = len(gallery), len(queries)
+    evaluation = command.Evaluation(subject, "retrieval", settings, specs, sizes, arguments.output)
     features = subject.features(0)
     found = []
     for indices, boxes, title in (
@@ -265,7 +267,7 @@ def _by_class(arguments: argparse.Namespace, subject: command.Subject, settings:
     check_sources(gallery, queries)
     specs = {"train": gallery.spec, "test": queries.spec}
     evaluation = command.Evaluation(
-        subject, "retrieval", settings, specs, arguments.output, sizes=(len(gallery), len(queries))
+        subject, "retrieval", settings, specs, (len(gallery), len(queries)), arguments.output
     )
     features, world = subject.features(settings.size), subject.world
     found: list[Extracted] = []

@@ -421,7 +421,7 @@ def run(arguments: argparse.Namespace) -> Path | None:
         first, second, sizes = open_both(train, test, settings, cache, progress=subject.world.rank == 0)
         evaluation = command.Evaluation(
             subject, "segmentation_ms" if settings.multi_scale else "segmentation", settings,
-            {"train": train, "test": test}, arguments.output, sizes=(len(first), len(second)),
+            {"train": train, "test": test}, (len(first), len(second)), arguments.output,
         )  # fmt: skip
         grid = grid_of(subject.features(0, blocks), subject.patch, patch_grid)
         metrics, more = segment(

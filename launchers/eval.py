@@ -177,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="launchers/eval.py",
         description="Evaluate a run: as SLURM jobs where there is a cluster, else on this machine.",
-        epilog=f"tasks:\n{listing}\n\nresults go to RUN/eval/step_…/TASK/results.json and RUN/leaderboard.csv",
+        epilog=f"tasks:\n{listing}\n\nresults go to RUN/eval/step_…/TASK…/results.json and RUN/leaderboard.csv",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -83,6 +83,13 @@ def test_a_task_writes_what_it_measured_and_how(run: Path, task: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_limit_that_reaches_the_test_set_but_not_another_one_is_kept(run: Path) -> None:
+    words = (*COMMANDS["linear"][1][:-1], "v2=scenes:n=30,size=16,split=test", "--max-test", "25")
+    assert evaluated(linear, run, *words)["settings"]["max_test"] == 25
+    assert evaluated(linear, run, *words[:-1], "30")["settings"]["max_test"] == 0
+
+
+@pytest.mark.slow
 def test_the_untrained_twin_has_a_folder_and_a_line_of_its_own(run: Path) -> None:
     found = evaluated(knn, run, *DATA, "--k", "1", "--untrained")
     assert (found["backbone"], found["step"], found["checkpoint"]) == ("untrained", 0, None)
@@ -143,7 +150,9 @@ def test_what_is_kept_for_an_interruption_is_told_apart_by_its_images(tmp_path: 
 
     def partial(test: str = "a", limit: int = 0) -> Path | None:
         settings = knn.Settings(max_test=limit)
-        return command.Evaluation(subject, "knn", settings, {"train": "b", "test": test}, str(tmp_path)).partial("x")
+        return command.Evaluation(
+            subject, "knn", settings, {"train": "b", "test": test}, (9, 9), str(tmp_path)
+        ).partial("x")
 
     assert partial() == partial()
     assert len({partial(), partial("c"), partial(limit=5)}) == 3
@@ -152,20 +161,21 @@ def test_what_is_kept_for_an_interruption_is_told_apart_by_its_images(tmp_path: 
 def test_a_limit_that_reaches_the_whole_set_makes_no_part_of_it(tmp_path: Path) -> None:
     import torch
 
-    for limit, name in ((500, "knn"), (499, "knn_part_")):
+    for limit, kept in ((500, 0), (499, 499)):
         subject: Any = SimpleNamespace(
             run=tmp_path, step=5, backbone="teacher", checkpoint=None, precision="fp32", name=str,
             world=World(0, 1, 0, torch.device("cpu")),
         )  # fmt: skip
         evaluation = command.Evaluation(
-            subject, "knn", knn.Settings(max_test=limit), {"train": "b", "test": "a"}, sizes=(20, 500)
+            subject, "knn", knn.Settings(max_test=limit), {"train": "b", "test": "a"}, (20, 500)
         )
         partial = evaluation.partial("x")
         assert partial is not None
         partial.mkdir(parents=True)
         file = evaluation.finish("knn_20", {"knn_20": 1.0})
         assert file is not None
-        assert file.parent.name.startswith(name)
+        assert file.parent.name == "knn" if not kept else file.parent.name.startswith("knn_part_")
+        assert json.loads(file.read_text())["settings"]["max_test"] == kept
         assert partial.is_relative_to(file.parent)
         assert [path.name for path in file.parent.iterdir()] == ["results.json"]
 

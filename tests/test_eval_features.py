@@ -172,7 +172,7 @@ def test_ranks_go_on_from_the_same_batch_and_together_hold_every_image_once(tmp_
 
 
 def _gathered() -> Any:
-    warnings.simplefilter("error")  # each rank would print what torch warns of
+    warnings.simplefilter("error", FutureWarning)  # as of names that go; each rank would print it
     rank = dist.get_rank()
     return gather_rows(torch.arange(3 * rank, 3 * rank + rank).float()[:, None], dist.get_world_size(), CPU)
 

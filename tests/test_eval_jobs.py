@@ -114,8 +114,9 @@ def test_watching_evaluates_each_checkpoint_once_until_the_run_is_over(run: Path
     assert seen == [[2, 4], [6]]
 
 
-def test_watching_again_leaves_out_what_has_results_of_all_tasks(run: Path) -> None:
-    write_results(run, 2, "knn_part_1a2b3c")
+@pytest.mark.parametrize("folder", ["knn", "knn_1a2b3c", "knn_part_1a2b3c"])
+def test_watching_again_leaves_out_what_has_results_of_all_tasks(run: Path, folder: str) -> None:
+    write_results(run, 2, folder)
     write_results(run, 4, "linear")
     write_results(run, 4, "knn_untrained")
     finish(run, 4)

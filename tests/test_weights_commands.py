@@ -176,14 +176,18 @@ def test_an_export_says_where_the_other_side_stretches_positions_otherwise(
 
 
 @pytest.mark.parametrize(
-    ("file", "heads", "says"), [("a.pth", 4, True), ("a.pth", 2, False), ("a.safetensors", 4, False)]
-)
+    ("to", "file", "heads", "says"),
+    [
+        ("official", "a.pth", 4, True), ("official", "a.pth", 2, False), ("official", "a.safetensors", 4, False),
+        ("timm", "a.pth", 4, True), ("timm", "a.safetensors", 4, True), ("timm", "a", 4, False),
+    ],
+)  # fmt: skip
 def test_an_export_says_what_a_file_without_a_config_loses(
-    file: str, heads: int, says: bool, run: Callable[..., tuple[int, str]], tmp_path: Path
+    to: str, file: str, heads: int, says: bool, run: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
     model = dataclasses.replace(tiny("mlp", 0), heads=heads)
     export(loaded(model, SIZE), "official", tmp_path / "ours.safetensors")
-    code, printed = run("export", "--run", f"{tmp_path}/ours.safetensors", "--out", f"{tmp_path / file}")
+    code, printed = run("export", "--run", f"{tmp_path}/ours.safetensors", "--to", to, "--out", f"{tmp_path / file}")
     assert code == 0, printed
     assert (f"does not say that there are {heads} attention heads" in printed) == says
     read = load_backbone(tmp_path / file, heads=heads if says else None).architecture

@@ -84,10 +84,12 @@ def _export(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out) if arguments.out else Path(loaded.source).parents[1] / "exports" / (name + suffix)
     print(f"wrote {export(loaded, arguments.to, out)}")
     dim, _, heads = width_depth_heads(loaded.architecture)
-    if out.suffix == ".pth" and heads * HEAD_DIM != dim:
+    bare = out.suffix == ".pth" or (arguments.to == "timm" and out.suffix == ".safetensors")
+    if bare and heads * HEAD_DIM != dim:
         print(
-            f"note: a .pth does not say that there are {heads} attention heads, and readers take one for every "
-            f"{HEAD_DIM} channels; here, import --heads {heads} tells them; a .safetensors says it"
+            f"note: this file does not say that there are {heads} attention heads; readers take one for every "
+            f"{HEAD_DIM} channels, or refuse it: import --heads {heads}, or export "
+            + ("a folder, which says it" if arguments.to == "timm" else "a .safetensors, which says it")
         )
     theirs = stretched_there(arguments.to, loaded.architecture.registers)
     if theirs not in (None, loaded.model.interpolation):
