@@ -326,6 +326,14 @@ def test_evaluation_of_a_diverged_backbone_gives_nan_and_lets_the_run_decide() -
     assert len(metrics) == 4
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(0, 0), (39, 39), (40, 0), (50, 0)])
+def test_a_limit_that_reaches_all_images_is_not_recorded(limit: int, kept: int) -> None:
+    train, test = open_source("scenes:n=40,size=16"), open_source("scenes:n=20,size=16,split=test")
+    settings = knn.Settings(max_train=limit)
+    found = knn.describe("teacher", settings, torch.device("cpu"), {}, train, test, {}, 1.0)
+    assert found["settings"]["max_train"] == kept
+
+
 def _online_in_one_of_two_processes(rank: int, store: str, out: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.set_num_threads(1)
