@@ -294,6 +294,44 @@ def test_where_bf16_has_better_instructions_than_compiled_code_knows_libraries_u
     assert branches.applies(tokens, layer.bfloat16(), layer)
 
 
+def test_gelu_rounded_to_bf16_is_as_good_as_an_exact_one(
+    use_variant: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, random: Callable[..., Tensor]
+) -> None:
+    """Its polynomials are shorter where bf16 is multiplied: nearly always the nearest value, else the one beside it.
+
+    As above, what is activated are biases, here every value of bf16 from -8 to 8 that is not next to nothing.
+    """
+    use_variant("avx512_bf16")
+    monkeypatch.setattr(products, "bf16_is_fast", lambda: True)
+    monkeypatch.setattr(products, "processor_maker", lambda: "AuthenticAMD")
+    x = torch.arange(2**15).to(torch.int16).view(torch.bfloat16)
+    x = x[(x >= 2.0**-6) & (x < 8)]
+    x = torch.cat([x, -x, torch.zeros(-2 * len(x) % 32, dtype=x.dtype)])
+    dim = len(x)
+    norm, first, second = nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+    with torch.no_grad():
+        first.weight.zero_()
+        first.bias.copy_(x)
+        second.weight.copy_(torch.eye(dim))
+        second.bias.zero_()
+    layers = [layer.bfloat16() for layer in (norm, first, second)]
+    tokens = random(47, dim).bfloat16()
+    assert branches.applies(tokens, layers[1], layers[2]) and branches._how(tokens) == fused.BY_BF16
+    out = frugal.feed_forward(tokens, layers[0], layers[1], "gelu", layers[2], None)
+    out.sum().backward()
+    wide = x.double()
+    cumulative, density = torch.special.erfc(-wide / 2**0.5) / 2, torch.exp(-wide.square() / 2) / (2 * torch.pi) ** 0.5
+    expected = wide * cumulative
+    nearest = expected.bfloat16()
+    error = (out[7].double() - expected).abs() / expected.abs().clamp(min=1e-30)
+    assert (out[7] == nearest).double().mean() > 0.93
+    assert (error <= 2**-8 * 1.06).all()  # half a step, and a little
+    assert first.bias.grad is not None
+    slope = 47 * (cumulative + wide * density)
+    off = (first.bias.grad.double() - slope).abs()
+    assert (off <= slope.abs() * 2**-8 * 1.06 + 47 * 1e-4).all()
+
+
 def test_gelu_and_its_slope_are_right_far_into_both_tails(how: int, random: Callable[..., Tensor]) -> None:
     """Weights of the first layer are 0 and the second hands on, so that biases alone are what is activated."""
     torch.manual_seed(0)

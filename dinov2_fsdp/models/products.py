@@ -208,6 +208,7 @@ def by_onednn(rows: Tensor, weight: Tensor) -> bool:
         rows.dtype == weight.dtype == torch.float32
         and rows.dim() == 2
         and rows.numel() > 0
+        and rows.shape[1] == weight.shape[-1]  # what does not fit together is for torch to refuse
         and not torch.is_autocast_enabled(rows.device.type)
         and _may_multiply(weight)
         and _fp32_by_onednn()

@@ -22,7 +22,8 @@ inline void largest_of(const float* scores, Index length, __m512 (&largest)[kVec
 
 // Subtracted first: what is rounded of a product of the largest would make its own exponential anything.
 inline __m512 exponential(const float* score, __m512 largest, float factor) {
-  return exp_below_zero(_mm512_mul_ps(_mm512_sub_ps(load(score), largest), _mm512_set1_ps(factor)));
+  const __m512 scaled = _mm512_mul_ps(_mm512_sub_ps(load(score), largest), _mm512_set1_ps(factor * 1.44269504f));
+  return rough_power_of_two(scaled);
 }
 
 // Sixteen columns of two rows, the first of them even, to their half of a panel.

@@ -237,7 +237,9 @@ class OfWeight {
     // Sums of so many rows meet in order, whatever the number of blocks at a time: that is a multiple of theirs.
     const Index whole = depth_of<C>(rows);  // what is behind the rows was filled up
     // Some panels at a time, so that what is read of the groups stays in a cache for them.
-    const Index count = wide_ / kPanel, together = std::clamp<Index>(count / (4 * omp_get_num_threads()), 1, 8);
+    const Index count = wide_ / kPanel, threads = omp_get_num_threads();
+    Index together = std::clamp<Index>(count / (4 * threads), 1, 8);
+    while (together > 1 && (count + together - 1) / together % threads) --together;  // as many parts for each thread
 #pragma omp for schedule(dynamic) nowait
     for (Index start = 0; start < count; start += together) {
       for (Index from = 0; from < rows; from += kSummed<C>) {
@@ -410,7 +412,7 @@ void feed_forward(const T* tokens, Chosen chosen, T* taken, Index rows, Index di
           __m512 x[2], active[2];
           for (Index v = 0; v < 2; ++v) {
             x[v] = _mm512_add_ps(load(found + row * kPanel + 16 * v), load(bias1 + p * kPanel + 16 * v));
-            active[v] = _mm512_mul_ps(x[v], normal(x[v]).cumulative);
+            active[v] = _mm512_mul_ps(x[v], normal_for<C>(x[v]).cumulative);
           }
           if (hidden) store(x[0], x[1], hidden + row * kPanel);
           store(active[0], active[1], target + row * kPanel);
@@ -531,7 +533,7 @@ void feed_forward_backward(const T* gradient, Chosen chosen, const T* tokens, In
               for (Index v = 0; v < 2; ++v) {
                 float* gradient_at = found + (row + r) * kPanel + 16 * v;
                 const __m512 x = load(hidden + (row + r) * kPanel + 16 * v);
-                const Normals here = normal(x);
+                const Normals here = normal_for<C>(x);
                 const __m512 slope = _mm512_fmadd_ps(x, here.density, here.cumulative);
                 const __m512 g = _mm512_mul_ps(load(gradient_at), slope);
                 sums[v] = _mm512_add_ps(sums[v], g);

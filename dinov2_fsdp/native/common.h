@@ -144,6 +144,43 @@ inline Normals normal(__m512 x) {
   const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
   return {density, _mm512_mask_sub_ps(tail, above, one, tail)};
 }
+
+// ---- What is rounded to bfloat16 next, by half a step of 2e-3 to 4e-3: an error of some 1e-4 is not seen there.
+
+// 2^y of what is not above 0, to 3e-6; 0 below -125.
+inline __m512 rough_power_of_two(__m512 y) {
+  const __mmask16 there = _mm512_cmp_ps_mask(y, _mm512_set1_ps(-125.0f), _CMP_NLT_UQ);
+  const __m512 whole = _mm512_roundscale_ps(y, 0), rest = _mm512_sub_ps(y, whole);
+  __m512 p = _mm512_set1_ps(0.009571077302098274f);
+  for (const float c : {0.05591822415590286f, 0.24024708569049835f, 0.6931218504905701f, 0.9999992847442627f})
+    p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(c));
+  return _mm512_maskz_scalef_ps(there, p, whole);
+}
+
+// As above, Mills' ratio fitted to 2e-5 and its variable from the processor's reciprocal, which is right to 6e-5.
+inline Normals rough_normal(__m512 x) {
+  const __m512 a = _mm512_abs_ps(x), one = _mm512_set1_ps(1.0f);
+  const __m512 halves = _mm512_mul_ps(_mm512_mul_ps(a, a), _mm512_set1_ps(-0.72134752f));  // log2(e) / 2
+  const __m512 density = _mm512_mul_ps(_mm512_set1_ps(0.39894228f), rough_power_of_two(halves));
+  const __m512 t = _mm512_rcp14_ps(_mm512_fmadd_ps(a, _mm512_set1_ps(0.36f), one));
+  __m512 ratio = _mm512_set1_ps(-0.24838563799858093f);
+  for (const float c : {0.6414695978164673f, 0.08424228429794312f, 0.42460185289382935f, 0.35086679458618164f,
+                        0.0005088006728328764f})
+    ratio = _mm512_fmadd_ps(ratio, t, _mm512_set1_ps(c));
+  const __m512 tail = _mm512_mul_ps(density, ratio);
+  const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
+  return {density, _mm512_mask_sub_ps(tail, above, one, tail)};
+}
+
+// For what is multiplied as C.
+template <typename C>
+inline Normals normal_for(__m512 x) {
+  if constexpr (std::is_same_v<C, BFloat16>) {
+    return rough_normal(x);
+  } else {
+    return normal(x);
+  }
+}
 #endif
 
 // Memory that begins where a cache line does.
