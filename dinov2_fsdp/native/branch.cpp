@@ -236,9 +236,11 @@ class OfWeight {
   void multiply(Index rows, bool first) const {
     // Sums of so many rows meet in order, whatever the number of blocks at a time: that is a multiple of theirs.
     const Index whole = depth_of<C>(rows);  // what is behind the rows was filled up
-    // Some panels at a time, so that what is read of the groups stays in a cache for them.
+    // Some panels at a time, so that what is read of the groups stays in a cache for them. Pairs of bfloat16 are read
+    // slowly enough for any cache: a few at a time, so that no thread waits long for another.
+    constexpr Index kMost = std::is_same_v<C, BFloat16> && !kByTiles<C> ? 2 : 8;
     const Index count = wide_ / kPanel, threads = omp_get_num_threads();
-    Index together = std::clamp<Index>(count / (4 * threads), 1, 8);
+    Index together = std::clamp<Index>(count / (4 * threads), 1, kMost);
     while (together > 1 && (count + together - 1) / together % threads) --together;  // as many parts for each thread
 #pragma omp for schedule(dynamic) nowait
     for (Index start = 0; start < count; start += together) {
