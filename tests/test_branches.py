@@ -316,7 +316,8 @@ def test_gelu_rounded_to_bf16_is_as_good_as_an_exact_one(
         second.bias.zero_()
     layers = [layer.bfloat16() for layer in (norm, first, second)]
     tokens = random(47, dim).bfloat16()
-    assert branches.applies(tokens, layers[1], layers[2]) and branches._how(tokens) == fused.BY_BF16
+    assert branches.applies(tokens, layers[1], layers[2])
+    assert branches._how(tokens) == fused.BY_BF16
     out = frugal.feed_forward(tokens, layers[0], layers[1], "gelu", layers[2], None)
     out.sum().backward()
     wide = x.double()
@@ -324,12 +325,12 @@ def test_gelu_rounded_to_bf16_is_as_good_as_an_exact_one(
     expected = wide * cumulative
     nearest = expected.bfloat16()
     error = (out[7].double() - expected).abs() / expected.abs().clamp(min=1e-30)
-    assert (out[7] == nearest).double().mean() > 0.93
+    assert (out[7] == nearest).double().mean() > 0.98
     assert (error <= 2**-8 * 1.06).all()  # half a step, and a little
     assert first.bias.grad is not None
     slope = 47 * (cumulative + wide * density)
     off = (first.bias.grad.double() - slope).abs()
-    assert (off <= slope.abs() * 2**-8 * 1.06 + 47 * 1e-4).all()
+    assert (off <= slope.abs() * 2**-8 * 1.06 + 47 * 2e-5).all()
 
 
 def test_gelu_and_its_slope_are_right_far_into_both_tails(how: int, random: Callable[..., Tensor]) -> None:
