@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dinov2_fsdp import native
-from dinov2_fsdp.models import products
+from dinov2_fsdp.models import fused, products
 
 
 @pytest.fixture
@@ -93,6 +93,26 @@ def use_variant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         monkeypatch.setattr(native, "_load", lambda: there[name])
 
     return use
+
+
+HOWS = {
+    "fp32": fused.BY_FP32,
+    "bf16 as fp32": fused.WIDENED,
+    "bf16 by avx512_bf16": fused.BY_BF16,
+    "bf16 by amx": fused.BY_BF16,
+}
+
+
+@pytest.fixture(params=HOWS)
+def how(request: pytest.FixtureRequest, use_variant: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> int:
+    """How branches are multiplied, whatever this processor would rather do."""
+    _, by, variant = request.param.partition(" by ")
+    if by:
+        use_variant(variant)
+    how = HOWS[request.param]
+    monkeypatch.setattr(products, "bf16_is_fast", lambda: how != fused.WIDENED)
+    monkeypatch.setattr(products, "processor_maker", lambda: "AuthenticAMD")
+    return how
 
 
 @pytest.fixture

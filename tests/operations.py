@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dinov2_fsdp.models import fused
+
 TOLERANCES = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
@@ -36,3 +38,8 @@ def gradients(function: Callable[[Tensor], Tensor], rows: Tensor, parameters: li
     out = function(rows)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), [rows, *parameters])]
+
+
+def dtype_of(how: int) -> torch.dtype:
+    """Return the type of tensors that compiled branches multiply so."""
+    return torch.float32 if how == fused.BY_FP32 else torch.bfloat16

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from operations import TOLERANCES
+from operations import TOLERANCES, dtype_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -116,6 +116,33 @@ class Again:
 
     def __call__(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator)
+
+
+def test_softmax_rounded_to_bf16_is_as_good_as_an_exact_one(use_variant: Callable[[str], None]) -> None:
+    """Its polynomial is shorter where bf16 is multiplied. Of two keys the lesser one's value is 1, the other's 0."""
+    use_variant("avx512_bf16")
+    dim, distances = 64, torch.linspace(0.0625, 16, 256).bfloat16()
+    qkv = torch.zeros(len(distances), 2, 3, 1, dim, dtype=torch.bfloat16)
+    qkv[:, :, 0, 0, 0] = distances[:, None]
+    qkv[:, 0, 1, 0, 0] = dim**0.5
+    qkv[:, 1, 2] = 1
+    found = torch.empty(2 * len(distances), dim, dtype=torch.bfloat16)
+    fused.attention(qkv.flatten(0, 1), len(distances), fused.BY_BF16, found)
+    exact = torch.exp(-distances.double())
+    expected = (exact.bfloat16().double() / (1 + exact)).bfloat16()
+    assert (found == found[:, :1]).all()
+    assert (found.view(-1, 2, dim)[:, 0, 0] == expected).double().mean() > 0.97
+    torch.testing.assert_close(found[::2, 0], expected, rtol=2**-7, atol=0)
+
+
+def test_a_key_that_is_no_number_is_not_left_out_of_softmax(how: int) -> None:
+    qkv = torch.randn(100, 3, 2, 64, generator=torch.Generator().manual_seed(0)).to(dtype_of(how))
+    qkv[60, 1, 1] = float("nan")
+    found = torch.empty(100, 128, dtype=qkv.dtype)
+    fused.attention(qkv, 2, how, found)
+    assert found[50:, 64:].isnan().all()
+    assert found[:50].isfinite().all()
+    assert found[:, :64].isfinite().all()
 
 
 def test_gelu_keeps_its_relative_precision_where_it_is_next_to_nothing() -> None:

@@ -176,6 +176,14 @@ def test_onednn_multiplies_in_fp32_where_the_processor_has_wide_registers() -> N
 
 @pytest.mark.usefixtures("foreign")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_does_not_fit_together_is_refused_as_torch_does(dtype: torch.dtype) -> None:
+    rows, weight = torch.randn(100, 96, dtype=dtype), torch.randn(256, 64, dtype=dtype, requires_grad=True)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        products.linear(rows, weight)
+
+
+@pytest.mark.usefixtures("foreign")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_weight_laid_out_for_many_products_gives_the_same(dtype: torch.dtype, inference: bool) -> None:
     weight, bias = torch.randn(48, 40, dtype=torch.float64), torch.randn(48, dtype=torch.float64)

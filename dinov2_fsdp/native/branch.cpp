@@ -241,7 +241,11 @@ class OfWeight {
     constexpr Index kMost = std::is_same_v<C, BFloat16> && !kByTiles<C> ? 2 : 8;
     const Index count = wide_ / kPanel, threads = omp_get_num_threads();
     Index together = std::clamp<Index>(count / (4 * threads), 1, kMost);
-    while (together > 1 && (count + together - 1) / together % threads) --together;  // as many parts for each thread
+    for (Index fewer = together; 2 * fewer >= together && fewer > 0; --fewer)
+      if ((count + fewer - 1) / fewer % threads == 0) {  // as many parts for each thread, if hardly smaller ones are
+        together = fewer;
+        break;
+      }
 #pragma omp for schedule(dynamic) nowait
     for (Index start = 0; start < count; start += together) {
       for (Index from = 0; from < rows; from += kSummed<C>) {
