@@ -131,6 +131,43 @@ class CompiledAttention:
         return min(_repeated(run, device), sum(seconds_of(product, device) for product in self.products))
 
 
+@dataclass(frozen=True)
+class ReadAttention:
+    """The products of the attention of some queries: ragged, so that libraries would be called for every sequence."""
+
+    starts: tuple[int, ...]
+    length: int
+    heads: int
+    dim: int
+    backward: bool
+    how: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it multiplies."""
+        return multiplied(self.how)
+
+    @property
+    def flops(self) -> int:
+        """Two products forward, four backward."""
+        return (8 if self.backward else 4) * self.starts[-1] * self.length * self.heads * self.dim
+
+    def seconds(self, device: torch.device) -> float:
+        """Return what the operation takes, with its softmax."""
+        kept = torch.float32 if self.how == BY_FP32 else torch.bfloat16
+        starts, width = torch.tensor(self.starts, device=device), self.heads * self.dim
+        query, keys = torch.randn(self.starts[-1], width), torch.randn((len(starts) - 1) * self.length, 2 * width)
+        given = (query.to(kept), keys.to(kept), starts, self.heads, self.how, self.starts[-1] * self.length)
+        grad, of_query, of_keys = query.to(self.dtype), query.to(self.dtype), keys.to(self.dtype)
+        operations = torch.ops.dinov2_fsdp
+        if self.backward:
+            return _repeated(lambda: operations.attention_of_backward(grad, *given, of_query, of_keys), device)
+        return _repeated(lambda: operations.attention_of(*given, query.to(kept)), device)
+
+
+Counted = Product | CompiledAttention | ReadAttention
+
+
 def of_branch(func: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Product]:
     """Return the products of an operation of :mod:`dinov2_fsdp.models.branch_operations`, as libraries would be given
     them: of the rows that are multiplied, which stochastic depth chooses."""
@@ -161,7 +198,7 @@ class ProductRecorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.products: Counter[Product | CompiledAttention] = Counter()
+        self.products: Counter[Counted] = Counter()
         self.others: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -182,6 +219,11 @@ class ProductRecorder(TorchDispatchMode):
                 qkv, sequences, how = args[1:4] if backward else args[:3]
                 length, _, heads, dim = len(qkv) // sequences, *qkv.shape[1:]
                 self.products[CompiledAttention(sequences, length, heads, dim, backward, how)] += 1
+            elif name in ("attention_of", "attention_of_backward"):
+                backward = name == "attention_of_backward"
+                query, keys, starts, heads, how = args[1:6] if backward else args[:5]
+                length, dim = len(keys) // (len(starts) - 1), query.shape[1] // heads
+                self.products[ReadAttention(tuple(starts.tolist()), length, heads, dim, backward, how)] += 1
             else:
                 self.products.update(of_branch(func, args, kwargs or {}))
         elif func.overloadpacket.__name__ == "convolution" and (batch := _batch_of(*args)):
@@ -211,8 +253,8 @@ class Recorded:
     """The products of a step of ``images`` images: of all of it, and of the student alone (forward and backward)."""
 
     images: int
-    all: Counter[Product | CompiledAttention]
-    student: Counter[Product | CompiledAttention]
+    all: Counter[Counted]
+    student: Counter[Counted]
     others: Counter[str]
 
 
@@ -253,9 +295,9 @@ def record_step(config: Config) -> tuple[Recorded, torch.device]:
         return Recorded(batch.images, both, of_student.products, others), batch.global_crops.device
 
 
-def seconds_of(product: Product | CompiledAttention, device: torch.device) -> float:
+def seconds_of(product: Counted, device: torch.device) -> float:
     """Return how long the product takes by itself, seconds, by the faster of the ways that the model may take."""
-    if isinstance(product, CompiledAttention):
+    if isinstance(product, CompiledAttention | ReadAttention):
         return product.seconds(device)
     left, right = product.operands(device)
     multiply: Callable[..., Tensor] = torch.bmm if left.dim() == 3 else torch.mm

@@ -87,7 +87,8 @@ def step_flops_per_image(config: Config) -> float:
     """Return the useful operations of one training step per image: teacher forward, student forward and backward.
 
     Stochastic depth counts as executed. A backward pass is two forward passes. The last block's feed-forward part sees
-    only the tokens that a head reads.
+    only the tokens that a head reads, nor does its attention need other queries; where it has them all the same
+    (:mod:`dinov2_fsdp.models.read_attention`), these do not count.
     """
     crops, dim = config.crops, width_depth_heads(config.model)[0]
     drop = config.model.drop_path
@@ -105,6 +106,11 @@ def step_flops_per_image(config: Config) -> float:
     per_token = 2 * dim * sum(ffn_widths(config))
     teacher -= per_token * (2 * large - (2 + masked))
     student -= per_token * ((1 - drop) * (2 * large + crops.local_number * small) - (2 + crops.local_number + masked))
+    # A token's query, its scores and what these gather, and its projection.
+    of_large, of_small = (4 * dim * (dim + length) for length in (large, small))
+    in_large, in_small = of_large * (2 * large - (2 + masked)), of_small * crops.local_number * (small - 1)
+    teacher -= in_large
+    student -= (1 - drop) * (in_large + in_small)
     return teacher + 3 * student
 
 

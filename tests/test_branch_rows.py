@@ -174,7 +174,7 @@ def test_a_run_takes_chosen_rows_this_way(precision: str, tmp_path: Path, used: 
     sizes = {"model__dim": 64, "model__heads": 2, "model__depth": 2, "model__drop_path": 0.4}
     crops = {"crops__global_size": 64, "train__duration": "1it", "train__batch": 8, "train__microbatch": 8}
     train_alone(tiny_run(tmp_path / "run", train__precision=precision, **sizes, **crops))
-    assert used == [False, True, False]  # of the last feed-forward branch few rows are read
+    assert used == [False, True]  # of the last block few rows are read
 
 
 @pytest.mark.slow

@@ -289,7 +289,7 @@ def test_gelu_rounded_to_bf16_is_as_good_as_an_exact_one(
     layers = [layer.bfloat16() for layer in (norm, first, second)]
     tokens = random(47, dim).bfloat16()
     assert branches.applies(tokens, layers[1], layers[2])
-    assert branches._how(tokens) == fused.BY_BF16
+    assert branches.how_multiplied(tokens) == fused.BY_BF16
     out = frugal.feed_forward(tokens, layers[0], layers[1], "gelu", layers[2], None)
     out.sum().backward()
     wide = x.double()

@@ -11,6 +11,7 @@ from dinov2_fsdp.models.branches import Chosen
 from dinov2_fsdp.models.frugal import feed_forward, feed_forward_onto, norm_linear, scaled_linear
 from dinov2_fsdp.models.frugal_attention import attention_branch, attention_onto
 from dinov2_fsdp.models.layout import Layout
+from dinov2_fsdp.models.read_attention import attention_read
 from dinov2_fsdp.models.stochastic_depth import Subset, add_residual, add_residual_to
 
 LAYER_NORM_EPS = 1e-6
@@ -84,12 +85,16 @@ class Block(nn.Module):
     ) -> Tensor:
         """Return ``(total_tokens, dim)``; each branch runs on its subset of the sequences, or on all.
 
-        ``rows``: ``(chosen,)`` int64, the tokens to return, ``(chosen, dim)``; the feed-forward branch sees no other.
+        ``rows``: ``(chosen,)`` int64, the tokens to return, ``(chosen, dim)``; the feed-forward branch sees no other,
+        nor, where compiled code allows it, do the attention's queries.
         """
-        tokens = add_residual(tokens, layout, self._attention_branch, attention_subset, self._attention_onto)
-        if rows is not None:
-            return add_residual_to(rows, tokens, layout, self._ffn_branch, ffn_subset)
-        return add_residual(tokens, layout, self._ffn_branch, ffn_subset, self._ffn_onto)
+        chosen = None if rows is None else self._attention_read(tokens, layout, attention_subset, rows)
+        if chosen is None:
+            tokens = add_residual(tokens, layout, self._attention_branch, attention_subset, self._attention_onto)
+        if rows is None:
+            return add_residual(tokens, layout, self._ffn_branch, ffn_subset, self._ffn_onto)
+        chosen = tokens.index_select(0, rows) if chosen is None else chosen
+        return add_residual_to(chosen, rows, layout, self._ffn_branch, ffn_subset)
 
     def _attention_here(self, tokens: Tensor, layout: Layout) -> bool:
         around = [*self.norm1.parameters(), *self.ls1.parameters()]
@@ -101,6 +106,12 @@ class Block(nn.Module):
         chosen = Chosen(subset.rows, subset.scale, second=False)
         layers = (self.attn.heads, self.norm1, self.attn.qkv, self.attn.proj)
         return attention_onto(tokens, chosen, subset.layout, *layers, gamma(self.ls1))
+
+    def _attention_read(self, tokens: Tensor, layout: Layout, subset: Subset | None, rows: Tensor) -> Tensor | None:
+        if not self._attention_here(tokens, layout):
+            return None
+        layers = (self.attn.heads, self.norm1, self.attn.qkv, self.attn.proj)
+        return attention_read(tokens, rows, layout, subset, *layers, gamma(self.ls1))
 
     def _ffn_onto(self, tokens: Tensor, subset: Subset) -> Tensor | None:
         first, second = self.mlp.linears

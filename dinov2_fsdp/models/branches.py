@@ -90,10 +90,10 @@ def applies(tokens: Tensor, first: nn.Linear, second: nn.Linear, also: tuple[Ten
     # In the tokens' type, plain, one after the other in memory.
     if not compiled(tokens, *weights, *also, first.bias, second.bias):
         return False
-    return loaded().has_branches and _how(tokens) is not None
+    return loaded().has_branches and how_multiplied(tokens) is not None
 
 
-def _how(tokens: Tensor) -> int | None:
+def how_multiplied(tokens: Tensor) -> int | None:
     """Return how these are multiplied; None where libraries have instructions that compiled code does not use."""
     if tokens.dtype == torch.float32:
         return BY_FP32
@@ -174,7 +174,7 @@ def _how_alone(*matrices: Tensor, same: int, also: torch.Size) -> int | None:
     if first.dim() != 2 or second.dim() != 2 or first.shape[same] != second.shape[same]:
         return None
     fits = not any(size % COLUMNS for size in also) and compiled(first, second)
-    return _how(first) if fits and loaded().has_branches else None
+    return how_multiplied(first) if fits and loaded().has_branches else None
 
 
 class _FeedForward(torch.autograd.Function):
@@ -194,7 +194,7 @@ class _FeedForward(torch.autograd.Function):
         keep: bool,
         chosen: Chosen | None,
     ) -> Tensor:
-        ctx.onto, ctx.how, ctx.chosen = onto, _how(tokens), chosen
+        ctx.onto, ctx.how, ctx.chosen = onto, how_multiplied(tokens), chosen
         parameters = (norm_weight, norm_bias, weight1, bias1, weight2, bias2, gamma, eps, onto, keep, ctx.how)
         if chosen is None:
             out, *kept = operations.feed_forward(tokens, *parameters)
@@ -235,7 +235,7 @@ class _AttentionBranch(torch.autograd.Function):
         keep: bool,
         chosen: Chosen | None,
     ) -> Tensor:
-        ctx.spans, ctx.onto, ctx.how, ctx.chosen = list(layout.spans()), onto, _how(tokens), chosen
+        ctx.spans, ctx.onto, ctx.how, ctx.chosen = list(layout.spans()), onto, how_multiplied(tokens), chosen
         rows = None if chosen is None else chosen.rows
         qkv, mean, scale, taken = operations.norm_linear(
             tokens, norm_weight, norm_bias, weight1, bias1, eps, ctx.how, rows

@@ -194,14 +194,14 @@ def _attention(qkv: Tensor, sequences: int, how: int, target: Tensor) -> None:
     fits = target.shape == (rows, heads * dim) and target.dtype == qkv.dtype
     if not (fits and qkv.is_contiguous() and target.is_contiguous()):
         raise TypeError(f"no attention from {qkv.dtype} to {target.dtype} of shape {tuple(target.shape)}")
-    how = _checked(how, qkv)
+    how = checked(how, qkv.dtype, qkv.shape[-1])
     shape = (sequences, rows // sequences, heads, dim, dim**-0.5)
     loaded().attention(how, qkv.data_ptr(), *shape, target.data_ptr())
 
 
 def _attention_backward(grad: Tensor, qkv: Tensor, sequences: int, how: int, target: Tensor) -> None:
     rows, _, heads, dim = qkv.shape
-    how = _checked(how, qkv)
+    how = checked(how, qkv.dtype, qkv.shape[-1])
     fits = target.shape == qkv.shape and all(tensor.is_contiguous() for tensor in (grad, qkv, target))
     if not (fits and grad.dtype == target.dtype == multiplied(how) and grad.shape == (rows, heads * dim)):
         raise TypeError(f"no attention for a gradient in {grad.dtype} of {qkv.dtype} in {target.dtype}")
@@ -209,16 +209,16 @@ def _attention_backward(grad: Tensor, qkv: Tensor, sequences: int, how: int, tar
     loaded().attention_backward(how, grad.data_ptr(), qkv.data_ptr(), *shape, target.data_ptr())
 
 
-def _checked(how: int, qkv: Tensor) -> int:
-    """Return how heads are multiplied.
+def checked(how: int, dtype: torch.dtype, dim: int) -> int:
+    """Return how heads of this type and width are multiplied.
 
     Raises:
         TypeError: that is not for this type or width, or not in this library.
     """
-    if (how == BY_FP32) != (qkv.dtype == torch.float32) or (
-        how == BY_BF16 and (qkv.shape[-1] % 2 or not loaded().multiplies_bf16)  # an odd width has no pairs
+    if (how == BY_FP32) != (dtype == torch.float32) or (
+        how == BY_BF16 and (dim % 2 or not loaded().multiplies_bf16)  # an odd width has no pairs
     ):
-        raise TypeError(f"{qkv.dtype} is not multiplied like this here: {how}")
+        raise TypeError(f"{dtype} is not multiplied like this here: {how}")
     return how
 
 

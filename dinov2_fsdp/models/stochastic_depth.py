@@ -112,8 +112,8 @@ def add_residual(
 
 
 def add_residual_to(
+    chosen: Tensor,
     rows: Tensor,
-    tokens: Tensor,
     layout: Layout,
     branch: Callable[[Tensor, Layout, bool], Tensor],
     subset: Subset | None,
@@ -122,12 +122,14 @@ def add_residual_to(
 
     The branch runs on these rows, also on those whose sequence it has dropped: how many that are, only the device
     knows.
+
+    Args:
+        chosen: ``(chosen, dim)``, these rows of the tokens.
     """
-    chosen = tokens.index_select(0, rows)
     if subset is None:
         return branch(chosen, layout, True)
     residual = branch(chosen, layout, False)
-    scale = residual.new_zeros(len(tokens), 1).index_copy(0, subset.rows, subset.scale.to(residual.dtype))
+    scale = residual.new_zeros(layout.total_tokens, 1).index_copy(0, subset.rows, subset.scale.to(residual.dtype))
     return torch.addcmul(chosen, residual, scale.index_select(0, rows))
 
 

@@ -48,6 +48,8 @@ _ARGUMENTS = {
 _WITH_AVX512 = {
     "attention": (_INT, _POINTER, *[_INDEX] * 4, _FLOAT, _POINTER),
     "attention_backward": (_INT, _POINTER, _POINTER, *[_INDEX] * 4, _FLOAT, _POINTER),
+    "attention_of": (_INT, *[_POINTER] * 3, *[_INDEX] * 4, _FLOAT, _POINTER),
+    "attention_of_backward": (_INT, *[_POINTER] * 4, *[_INDEX] * 4, _FLOAT, *[_POINTER] * 2),
     "norm_linear": (
         *(_INT, *[_POINTER] * 3, *[_INDEX] * 2, *[_POINTER] * 2, _FLOAT, *[_POINTER] * 2, _INDEX),
         *[_POINTER] * 3,

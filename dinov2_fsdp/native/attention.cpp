@@ -16,9 +16,9 @@ namespace {
 constexpr Index kQueries = 60;  // at most at a time, forward
 
 // Fewer where the last would be few.
-inline Index queries_at_a_time(Index length) {
-  const Index parts = (length + kQueries - 1) / kQueries;
-  return (length + parts - 1) / parts;
+inline Index queries_at_a_time(Index count) {
+  const Index parts = std::max<Index>(1, (count + kQueries - 1) / kQueries);
+  return (count + parts - 1) / parts;
 }
 
 // rows × columns as they are multiplied: where they lie if they have the type, else in `copy`.
@@ -74,8 +74,8 @@ inline void scale_row(const float* in, Index count, float factor, T* out) {
 }
 
 template <typename T>
-void attention(const T* qkv, Heads at, float factor, T* out) {
-  const Index length = at.length, dim = at.dim, row = 3 * at.stride(), count = at.sequences * at.heads;
+void attention(Parts<const T> in, Heads at, float factor, T* out) {
+  const Index length = at.length, dim = at.dim, count = at.sequences * at.heads;
   const Index wide = padded(length);
   const int some_heads = heads_at_a_time(at);
 #pragma omp parallel
@@ -84,14 +84,15 @@ void attention(const T* qkv, Heads at, float factor, T* out) {
     const Scratch<float> weights(kQueries * wide), found(kQueries * dim), scales(kQueries);
 #pragma omp for schedule(dynamic, some_heads)
     for (Index i = 0; i < count; ++i) {
-      const T *first = qkv + at.of(i, 3), *next = (i + 1) % some_heads ? qkv + at.of(i + 1, 3) : nullptr;
-      const Left<float> key = read(first + at.stride(), row, length, dim, copy.get());
+      const T *first = in.keys + at.of_keys(i, in.key_row), *next = next_head(in, at, i, some_heads);
+      const Index all = at.queries(i), queries = queries_at_a_time(all);
+      const Left<float> key = read(first, in.key_row, length, dim, copy.get());
       pack_transposed(key.at, key.row_step, dim, length, keys.get());
-      lay_out_rows(first + 2 * at.stride(), row, length, dim, values.get());
-      const Left<float> query = read(first, row, length, dim, copy.get());
-      const Index queries = queries_at_a_time(length);
-      for (Index start = 0; start < length; start += queries) {
-        const Index some = std::min(queries, length - start);
+      lay_out_rows(first + at.stride(), in.key_row, length, dim, values.get());
+      const T* asked = in.queries + at.of_queries(i, in.query_row);
+      const Left<float> query = read(asked, in.query_row, all, dim, copy.get());
+      for (Index start = 0; start < all; start += queries) {
+        const Index some = std::min(queries, all - start);
         product(some, length, dim, query.from_row(start), keys.get(), weights.get(), wide);
         for (Index r = 0; r < some; ++r) {
           float* at_row = weights.get() + r * wide;
@@ -99,7 +100,7 @@ void attention(const T* qkv, Heads at, float factor, T* out) {
           if (next) ask_for_row(next, start + r, at, 3);
         }
         // Divided by their sums afterwards: what weights are multiplied with is less than they are.
-        T* target = out + at.of(i, 1) + start * at.stride();
+        T* target = out + at.of_queries(i, at.stride()) + start * at.stride();
         product(some, dim, length, {weights.get(), wide}, values.get(), found.get(), dim);
         for (Index r = 0; r < some; ++r)
           scale_row(found.get() + r * dim, dim, scales.get()[r], target + r * at.stride());
@@ -108,15 +109,15 @@ void attention(const T* qkv, Heads at, float factor, T* out) {
   }
 }
 
-// c (columns × dim) = leftᵀ · panels, both with `length` rows; left (length × columns).
-inline void transposed_product(Index columns, Index dim, Index length, const float* left, Index left_row,
+// c (columns × dim) = leftᵀ · panels, both with so many `rows`; left (rows × columns).
+inline void transposed_product(Index columns, Index dim, Index rows, const float* left, Index left_row,
                                const float* panels, float* c, Index c_row) {
-  product(columns, dim, length, {left, 1, 32 * left_row, left_row}, panels, c, c_row);
+  product(columns, dim, rows, {left, 1, 32 * left_row, left_row}, panels, c, c_row);
 }
 
 template <typename T>
-void attention_backward(const float* gradient, const T* qkv, Heads at, float factor, float* of_qkv) {
-  const Index length = at.length, dim = at.dim, row = 3 * at.stride(), count = at.sequences * at.heads;
+void attention_backward(const float* gradient, Parts<const T> in, Heads at, float factor, Parts<float> of) {
+  const Index length = at.length, dim = at.dim, count = at.sequences * at.heads;
   const Index wide = padded(length);
   const int some_heads = heads_at_a_time(at);
 #pragma omp parallel
@@ -126,22 +127,23 @@ void attention_backward(const float* gradient, const T* qkv, Heads at, float fac
     const Scratch<float> weights(length * wide), scores(length * wide);
 #pragma omp for schedule(dynamic, some_heads)
     for (Index i = 0; i < count; ++i) {
-      const T* query = qkv + at.of(i, 3);
-      float* of_query = of_qkv + at.of(i, 3);
-      const Left<float> of_out = {gradient + at.of(i, 1), at.stride()};
-      const Left<float> key = read(query + at.stride(), row, length, dim, copy.get());
+      const T *query = in.queries + at.of_queries(i, in.query_row), *keys = in.keys + at.of_keys(i, in.key_row);
+      float *of_query = of.queries + at.of_queries(i, of.query_row), *of_key = of.keys + at.of_keys(i, of.key_row);
+      const Index queries = at.queries(i);
+      const Left<float> of_out = {gradient + at.of_queries(i, at.stride()), at.stride()};
+      const Left<float> key = read(keys, in.key_row, length, dim, copy.get());
       pack_transposed(key.at, key.row_step, dim, length, panels.get());
-      product(length, length, dim, read(query, row, length, dim, copy.get()), panels.get(), weights.get(), wide);
-      const Left<float> value = read(query + 2 * at.stride(), row, length, dim, copy.get());
+      product(queries, length, dim, read(query, in.query_row, queries, dim, copy.get()), panels.get(), weights.get(), wide);
+      const Left<float> value = read(keys + at.stride(), in.key_row, length, dim, copy.get());
       pack_transposed(value.at, value.row_step, dim, length, panels.get());
-      product(length, length, dim, of_out, panels.get(), scores.get(), wide);
-      for (Index r = 0; r < length; ++r) {
+      product(queries, length, dim, of_out, panels.get(), scores.get(), wide);
+      for (Index r = 0; r < queries; ++r) {
         float *of_scores = scores.get() + r * wide, *at_row = weights.get() + r * wide;
         const float scale = exponentials(at_row, length, factor);
-        if ((i + 1) % some_heads) {
-          ask_for_row(qkv + at.of(i + 1, 3), r, at, 3);
-          ask_for_row(gradient + at.of(i + 1, 1), r, at, 1);
-          ask_for_row(of_qkv + at.of(i + 1, 3), r, at, 3);
+        if (const T* next = next_head(in, at, i, some_heads)) {
+          ask_for_row(next, r, at, 3);
+          ask_for_row(gradient + at.of_queries(i + 1, at.stride()), r, at, 1);
+          ask_for_row(next_head(of, at, i, some_heads), r, at, 3);
         }
         // Behind the softmax weights stand zeros, so that zeros do behind these.
         for (Index c = length; c < up_to(16, length); ++c) of_scores[c] = 0.0f;
@@ -154,34 +156,45 @@ void attention_backward(const float* gradient, const T* qkv, Heads at, float fac
           _mm512_storeu_ps(at_row + c, weight);
         }
       }
-      lay_out_rows(query + at.stride(), row, length, dim, panels.get());
-      product(length, dim, length, {scores.get(), wide}, panels.get(), of_query, row);
-      lay_out_rows(query, row, length, dim, panels.get());
-      float *of_key = of_query + at.stride(), *of_value = of_key + at.stride();
-      transposed_product(length, dim, length, scores.get(), wide, panels.get(), of_key, row);
-      lay_out_rows(of_out.at, of_out.row_step, length, dim, panels.get());
-      transposed_product(length, dim, length, weights.get(), wide, panels.get(), of_value, row);
+      lay_out_rows(keys, in.key_row, length, dim, panels.get());
+      product(queries, dim, length, {scores.get(), wide}, panels.get(), of_query, of.query_row);
+      lay_out_rows(query, in.query_row, queries, dim, panels.get());
+      transposed_product(length, dim, queries, scores.get(), wide, panels.get(), of_key, of.key_row);
+      lay_out_rows(of_out.at, of_out.row_step, queries, dim, panels.get());
+      transposed_product(length, dim, queries, weights.get(), wide, panels.get(), of_key + at.stride(), of.key_row);
     }
   }
 }
 
 // By the type that is multiplied.
 template <typename T, typename C>
-void by_type(const T* qkv, Heads at, float factor, T* out) {
+void by_type(const Parts<const T>& in, Heads at, float factor, T* out) {
   if constexpr (std::is_same_v<C, float>) {
-    attention(qkv, at, factor, out);
+    attention(in, at, factor, out);
   } else {
-    attention_by_pairs(qkv, at, factor, out);
+    attention_by_pairs(in, at, factor, out);
   }
 }
 
 template <typename T, typename C>
-void backward_by_type(const C* gradient, const T* qkv, Heads at, float factor, C* of_qkv) {
+void backward_by_type(const C* gradient, const Parts<const T>& in, Heads at, float factor, const Parts<C>& of) {
   if constexpr (std::is_same_v<C, float>) {
-    attention_backward(gradient, qkv, at, factor, of_qkv);
+    attention_backward(gradient, in, at, factor, of);
   } else {
-    attention_backward_by_pairs(gradient, qkv, at, factor, of_qkv);
+    attention_backward_by_pairs(gradient, in, at, factor, of);
   }
+}
+
+// Rows of queries, keys and values.
+template <typename T>
+inline Parts<T> of_three(T* qkv, const Heads& at) {
+  return {qkv, qkv + at.stride(), 3 * at.stride(), 3 * at.stride()};
+}
+
+// Rows of queries, and rows of keys and values.
+template <typename T>
+inline Parts<T> of_two(T* queries, T* keys, const Heads& at) {
+  return {queries, keys, at.stride(), 2 * at.stride()};
 }
 
 }  // namespace
@@ -189,14 +202,30 @@ void backward_by_type(const C* gradient, const T* qkv, Heads at, float factor, C
 // `how`: see panels.h. The gradients have the type that is multiplied.
 EXPORT void dinov2_attention(int how, const void* qkv, Index sequences, Index length, Index heads, Index dim,
                              float factor, void* out) {
-  const Heads at = {sequences, length, heads, dim};
-  MULTIPLY(by_type, IN(qkv), at, factor, OUT(out))
+  const Heads at = {sequences, length, heads, dim, nullptr};
+  MULTIPLY(by_type, of_three(IN(qkv), at), at, factor, OUT(out))
 }
 
 EXPORT void dinov2_attention_backward(int how, const void* gradient, const void* qkv, Index sequences, Index length,
                                       Index heads, Index dim, float factor, void* of_qkv) {
-  const Heads at = {sequences, length, heads, dim};
-  MULTIPLY(backward_by_type, BETWEEN(gradient), IN(qkv), at, factor, BETWEEN_OUT(of_qkv))
+  const Heads at = {sequences, length, heads, dim, nullptr};
+  MULTIPLY(backward_by_type, BETWEEN(gradient), of_three(IN(qkv), at), at, factor, of_three(BETWEEN_OUT(of_qkv), at))
+}
+
+// … of some queries, (count, heads, dim), a sequence's after the other's: `starts`, (sequences + 1), says which are
+// whose. Keys and values: (sequences · length, 2, heads, dim).
+EXPORT void dinov2_attention_of(int how, const void* queries, const void* keys, const Index* starts, Index sequences,
+                                Index length, Index heads, Index dim, float factor, void* out) {
+  const Heads at = {sequences, length, heads, dim, starts};
+  MULTIPLY(by_type, of_two(IN(queries), IN(keys), at), at, factor, OUT(out))
+}
+
+EXPORT void dinov2_attention_of_backward(int how, const void* gradient, const void* queries, const void* keys,
+                                         const Index* starts, Index sequences, Index length, Index heads, Index dim,
+                                         float factor, void* of_queries, void* of_keys) {
+  const Heads at = {sequences, length, heads, dim, starts};
+  MULTIPLY(backward_by_type, BETWEEN(gradient), of_two(IN(queries), IN(keys), at), at, factor,
+           of_two(BETWEEN_OUT(of_queries), BETWEEN_OUT(of_keys), at))
 }
 
 #endif

@@ -10,13 +10,26 @@
 
 namespace {
 
-// The place of one head of one sequence in packed (sequences · length, parts, heads, dim).
+// The places of one head of one sequence in packed rows, which lie `row` apart. `starts`: a sequence's queries are those
+// from its start to the next one's; null where there are as many as keys.
 struct Heads {
   Index sequences, length, heads, dim;
+  const Index* starts;
   Index stride() const { return heads * dim; }
-  Index of(Index index, Index parts) const {
-    return (index / heads) * length * parts * stride() + (index % heads) * dim;
+  Index of_keys(Index index, Index row) const { return (index / heads) * length * row + (index % heads) * dim; }
+  Index of_queries(Index index, Index row) const {
+    return starts ? starts[index / heads] * row + (index % heads) * dim : of_keys(index, row);
   }
+  Index queries(Index index) const {
+    return starts ? starts[index / heads + 1] - starts[index / heads] : length;
+  }
+};
+
+// Queries, and keys with their values behind them: rows of all three, or of two matrices. Gradients likewise.
+template <typename T>
+struct Parts {
+  T *queries, *keys;
+  Index query_row, key_row;
 };
 
 // Heads that a thread takes one after the other: all of a sequence, whose rows they share, if there are enough of those.
@@ -33,6 +46,13 @@ inline void ask_for_row(const T* first, Index row, const Heads& at, Index parts)
     for (Index byte = 0; byte < at.dim * static_cast<Index>(sizeof(T)); byte += 64)
       _mm_prefetch(lies + byte, _MM_HINT_T1);
   }
+}
+
+// The next head's rows, if the thread takes that one and rows of all three are what there is.
+template <typename T>
+inline T* next_head(const Parts<T>& parts, const Heads& at, Index index, int some_heads) {
+  const bool there = !at.starts && (index + 1) % some_heads;
+  return there ? parts.queries + at.of_queries(index + 1, parts.query_row) : nullptr;
 }
 
 // columns × depth → the panels of its transposed.

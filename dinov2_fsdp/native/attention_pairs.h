@@ -136,8 +136,8 @@ inline Scratch<BFloat16> zeros(Index count) {
   return found;
 }
 
-void attention_by_pairs(const BFloat16* qkv, Heads at, float factor, BFloat16* out) {
-  const Index length = at.length, dim = at.dim, row = 3 * at.stride(), count = at.sequences * at.heads;
+void attention_by_pairs(Parts<const BFloat16> in, Heads at, float factor, BFloat16* out) {
+  const Index length = at.length, dim = at.dim, count = at.sequences * at.heads;
   const Index depth = depth_of<BFloat16>(length);
   const int some_heads = heads_at_a_time(at);
 #pragma omp parallel
@@ -147,29 +147,30 @@ void attention_by_pairs(const BFloat16* qkv, Heads at, float factor, BFloat16* o
     const Scratch<float> scores(length * kPanel), found(dim * kPanel), rows(kPanel * dim);
 #pragma omp for schedule(dynamic, some_heads)
     for (Index i = 0; i < count; ++i) {
-      const BFloat16 *query = qkv + at.of(i, 3), *next = (i + 1) % some_heads ? qkv + at.of(i + 1, 3) : nullptr;
-      const Left<BFloat16> key = {query + at.stride(), row};
-      const Left<BFloat16> value = turn(query + 2 * at.stride(), row, length, dim, depth, turned.get());
-      for (Index start = 0; start < length; start += kPanel) {
-        const Index some = std::min(kPanel, length - start);
+      const BFloat16 *query = in.queries + at.of_queries(i, in.query_row), *next = next_head(in, at, i, some_heads);
+      const Left<BFloat16> key = {in.keys + at.of_keys(i, in.key_row), in.key_row};
+      const Left<BFloat16> value = turn(key.at + at.stride(), in.key_row, length, dim, depth, turned.get());
+      BFloat16* target = out + at.of_queries(i, at.stride());
+      for (Index start = 0, queries = at.queries(i); start < queries; start += kPanel) {
+        const Index some = std::min(kPanel, queries - start);
         for (Index r = start; next && r < start + some; ++r) ask_for_row(next, r, at, 3);
-        pack_transposed(query + start * row, row, dim, some, panel.get());
+        pack_transposed(query + start * in.query_row, in.query_row, dim, some, panel.get());
         by_vectors(some, [&](auto vectors) {
           constexpr int kVectors = decltype(vectors)::value;
           __m512 scales[kVectors];
           product(length, 16 * kVectors, dim, key, panel.get(), scores.get(), kPanel);
           exponentials(scores.get(), length, factor, weights.get(), scales);
           product(dim, 16 * kVectors, depth, value, weights.get(), found.get(), kPanel);
-          turn_back(found.get(), dim, some, scales, rows.get(), out + at.of(i, 1) + start * at.stride(), at.stride());
+          turn_back(found.get(), dim, some, scales, rows.get(), target + start * at.stride(), at.stride());
         });
       }
     }
   }
 }
 
-void attention_backward_by_pairs(const BFloat16* gradient, const BFloat16* qkv, Heads at, float factor,
-                                 BFloat16* of_qkv) {
-  const Index length = at.length, dim = at.dim, row = 3 * at.stride(), count = at.sequences * at.heads;
+void attention_backward_by_pairs(const BFloat16* gradient, Parts<const BFloat16> in, Heads at, float factor,
+                                 Parts<BFloat16> of) {
+  const Index length = at.length, dim = at.dim, count = at.sequences * at.heads;
   const Index wide = padded(length), depth = depth_of<BFloat16>(length);
   const int some_heads = heads_at_a_time(at);
 #pragma omp parallel
@@ -181,21 +182,22 @@ void attention_backward_by_pairs(const BFloat16* gradient, const BFloat16* qkv, 
     const Scratch<float> found(std::max(length, kPanel) * dim);
 #pragma omp for schedule(dynamic, some_heads)
     for (Index i = 0; i < count; ++i) {
-      const BFloat16* query = qkv + at.of(i, 3);
-      const BFloat16* of_out = gradient + at.of(i, 1);
-      BFloat16* of_query = of_qkv + at.of(i, 3);
-      const Left<BFloat16> key = {query + at.stride(), row}, value = {query + 2 * at.stride(), row};
-      const Left<BFloat16> turned_key = turn(key.at, row, length, dim, depth, turned.get());
-      for (Index start = 0; start < length; start += kPanel) {
-        const Index some = std::min(kPanel, length - start);
-        for (Index r = start; (i + 1) % some_heads && r < start + some; ++r) {
-          ask_for_row(qkv + at.of(i + 1, 3), r, at, 3);
-          ask_for_row(gradient + at.of(i + 1, 1), r, at, 1);
-          ask_for_row(of_qkv + at.of(i + 1, 3), r, at, 3);
+      const BFloat16 *query = in.queries + at.of_queries(i, in.query_row), *next = next_head(in, at, i, some_heads);
+      const BFloat16* of_out = gradient + at.of_queries(i, at.stride());
+      BFloat16 *of_query = of.queries + at.of_queries(i, of.query_row), *of_key = of.keys + at.of_keys(i, of.key_row);
+      const Left<BFloat16> key = {in.keys + at.of_keys(i, in.key_row), in.key_row}, value = {key.at + at.stride(), in.key_row};
+      const Left<BFloat16> turned_key = turn(key.at, in.key_row, length, dim, depth, turned.get());
+      const Index queries = at.queries(i);
+      for (Index start = 0; start < queries; start += kPanel) {
+        const Index some = std::min(kPanel, queries - start);
+        for (Index r = start; next && r < start + some; ++r) {
+          ask_for_row(next, r, at, 3);
+          ask_for_row(gradient + at.of_queries(i + 1, at.stride()), r, at, 1);
+          ask_for_row(next_head(of, at, i, some_heads), r, at, 3);
         }
         by_vectors(some, [&](auto vectors) {
           constexpr int kVectors = decltype(vectors)::value;
-          pack_transposed(query + start * row, row, dim, some, panel.get());
+          pack_transposed(query + start * in.query_row, in.query_row, dim, some, panel.get());
           product(length, 16 * kVectors, dim, key, panel.get(), scores.get(), kPanel);
           pack_transposed(of_out + start * at.stride(), at.stride(), dim, some, panel.get());
           product(length, 16 * kVectors, dim, value, panel.get(), of_weights.get(), kPanel);
@@ -204,17 +206,17 @@ void attention_backward_by_pairs(const BFloat16* gradient, const BFloat16* qkv, 
           product(dim, 16 * kVectors, depth, turned_key, of_panel.get(), found.get(), kPanel);
           __m512 ones[kVectors];
           for (__m512& one : ones) one = _mm512_set1_ps(1.0f);
-          turn_back(found.get(), dim, some, ones, rows.get(), of_query + start * row, row);
+          turn_back(found.get(), dim, some, ones, rows.get(), of_query + start * of.query_row, of.query_row);
         });
       }
       // What was turned, times rows of all queries: the gradients in keys and values.
-      const auto multiply = [&](const BFloat16* left, const BFloat16* of, Index stride, BFloat16* target) {
-        lay_out_rows(of, stride, length, dim, right.get());
-        product(length, dim, depth, Left<BFloat16>{left, wide}, right.get(), found.get(), dim);
-        for (Index r = 0; r < length; ++r) convert(found.get() + r * dim, dim, target + r * row);
+      const auto multiply = [&](const BFloat16* left, const BFloat16* asked, Index stride, BFloat16* target) {
+        lay_out_rows(asked, stride, queries, dim, right.get());
+        product(length, dim, depth_of<BFloat16>(queries), Left<BFloat16>{left, wide}, right.get(), found.get(), dim);
+        for (Index r = 0; r < length; ++r) convert(found.get() + r * dim, dim, target + r * of.key_row);
       };
-      multiply(of_scores.get(), query, row, of_query + at.stride());
-      multiply(weights.get(), of_out, at.stride(), of_query + 2 * at.stride());
+      multiply(of_scores.get(), query, in.query_row, of_key);
+      multiply(weights.get(), of_out, at.stride(), of_key + at.stride());
     }
   }
 }
