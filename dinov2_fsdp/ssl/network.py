@@ -49,7 +49,7 @@ class Network(nn.Module):
         patch_rows = crop * length + prefix + masked_patches % patches
         class_rows = layout.first_rows(masked_patches.device)
         # Only the rows that a head reads pass through the last feed-forward branch and the final norm: each acts row by
-        # row.
+        # row. Nor need the last attention others' queries.
         chosen_rows = torch.cat([class_rows, patch_rows])
         rows = self.backbone.norm(self.backbone.forward_packed(crops, hidden, plan, chosen_rows)[0])
         counts = [len(class_rows), len(patch_rows)]
